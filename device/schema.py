@@ -1,0 +1,405 @@
+"""The contract between host and device: manifest.json and job.json go out, report.json comes back.
+
+History of SCHEMA_VERSION (a reader refuses versions it does not know):
+  1  2026-11  first version.
+
+Units are part of every name. Raw samples are stored; means and errors are computed when read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import re
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+SCHEMA_VERSION = 1
+
+Sha256 = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+Provenance = Literal["measured", "emulated", "predicted", "host"]
+Kind = Literal["gguf", "onnx"]
+ModelTask = Literal["lm", "classifier"]
+Positive = Annotated[int, Meta(ge=1)]
+Count = Annotated[int, Meta(ge=0)]
+
+_SAFE_ID = re.compile(r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")
+
+
+class SlimpiError(Exception):
+    """The one user-facing error: what was wrong, with which value, and what to do. Exit code 1, no traceback."""
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of everything on the wire: immutable, keyword-only, unknown fields rejected."""
+
+
+class File(Record):
+    """A file of an artifact or job: relative POSIX path inside its folder, and its content's hash."""
+
+    path: str
+    sha256: Sha256
+    size_bytes: Count
+
+    def __post_init__(self) -> None:
+        check_relative(self.path)
+
+
+class Fallback(Record):
+    """A tensor that did not get the type its plan asked for; never silent."""
+
+    tensor: str
+    asked: str
+    got: str
+    reason: str
+
+
+class Step(Record):
+    """One step of an artifact's lineage: what was done, from what, with which settings."""
+
+    action: str
+    source: str
+    settings: dict[str, Any] = {}
+
+
+class Golden(Record):
+    """Outputs recorded on the host at build time, in an .npz (read without pickle).
+
+    lm: `tokens` (n_tokens,) int32 and `logits` (n, n_vocab) float32 of the last n positions.
+    classifier: `texts` (n,) unicode and `logits` (n, n_labels) float32.
+    """
+
+    file: str
+    n: Positive
+    machine: str
+    runtime: str
+
+
+class Artifact(Record):
+    """manifest.json: what an artifact is, where it came from, and how to check it."""
+
+    schema: Literal[1] = SCHEMA_VERSION
+    id: str
+    name: str
+    model: str
+    variant: str
+    kind: Kind
+    task: ModelTask
+    entry: str
+    files: list[File]
+    reference: bool
+    tokenizer_sha256: Sha256
+    n_weights: Count
+    n_linear_weights: Count
+    bits_per_weight: float
+    bits_per_linear_weight: float
+    size_bytes: Count
+    plan: dict[str, str]
+    fallbacks: list[Fallback] = []
+    labels: list[str] = []
+    max_tokens: int = 0
+    lineage: list[Step] = []
+    recipe: dict[str, Any] = {}
+    tools: dict[str, str] = {}
+    golden: Golden | None = None
+    notes: list[str] = []
+
+    def __post_init__(self) -> None:
+        check_id(self.id)
+        paths = {f.path for f in self.files}
+        if len(paths) != len(self.files):
+            raise ValueError("the same file is listed twice")
+        for path in (self.entry, *([self.golden.file] if self.golden else [])):
+            if path not in paths:
+                raise ValueError(f"`{path}` is not among the files")
+
+
+class Dataset(Record):
+    """A text or table a task reads; `path` is relative to the job's data folder."""
+
+    name: str
+    file: File
+
+
+class Perplexity(Record, tag="perplexity", tag_field="task"):
+    """llama.cpp's definition: chunks of n_ctx tokens, second half scored. n_chunks 0 = all."""
+
+    dataset: Dataset
+    n_ctx: Annotated[int, Meta(ge=8, le=131072)] = 512
+    n_chunks: Count = 0
+
+
+class Throughput(Record, tag="throughput", tag_field="task"):
+    """Prefill of n_prompt tokens, decode of n_gen tokens, time to first token, load time."""
+
+    n_prompt: Positive = 512
+    n_gen: Positive = 128
+    repetitions: Positive = 5
+    warmup: Count = 1
+
+
+class Tweets(Record, tag="tweets", tag_field="task"):
+    """Classify every row of a CSV: quality, latency of single texts, and texts a second in batches."""
+
+    dataset: Dataset
+    text_column: str = "text"
+    label_column: str = "target"
+    limit: Count = 0
+    batch_size: Positive = 32
+    warmup: Count = 8
+
+
+class Parity(Record, tag="parity", tag_field="task"):
+    """The device's logits against the golden ones recorded when the artifact was built."""
+
+
+class RecordGolden(Record, tag="record_golden", tag_field="task"):
+    """Record golden outputs: the host runs this once at build time; writes golden.npz to the work folder."""
+
+    dataset: Dataset
+    n: Positive = 32
+    n_tokens: Positive = 128
+
+
+Task = Perplexity | Throughput | Tweets | Parity | RecordGolden
+
+
+class Job(Record):
+    """job.json: one artifact, what to run on it, and where things are on the device."""
+
+    schema: Literal[1] = SCHEMA_VERSION
+    id: str
+    artifact: Artifact
+    artifact_dir: str
+    data_dir: str
+    work_dir: str
+    tasks: list[Task]
+    threads: Positive
+    provenance: Provenance
+    timeout_s: Positive = 3600
+
+    def __post_init__(self) -> None:
+        check_id(self.id)
+
+
+class Measurement(Record):
+    """One metric's raw samples, warm-ups apart, with the conditions they hold under."""
+
+    metric: str
+    unit: str
+    samples: list[float]
+    warmup: list[float] = []
+    higher_is_better: bool
+    conditions: dict[str, Any] = {}
+    provenance: Provenance
+
+    @property
+    def n(self) -> int:
+        return len(self.samples)
+
+    @property
+    def mean(self) -> float:
+        return math.fsum(self.samples) / len(self.samples)
+
+    @property
+    def stderr(self) -> float:
+        """Standard error of the mean; NaN for fewer than two samples."""
+        if self.n < 2:
+            return math.nan
+        centre = self.mean
+        return math.sqrt(math.fsum((x - centre) ** 2 for x in self.samples) / (self.n - 1) / self.n)
+
+
+class Memory(Record):
+    """Peak memory of one task's process. Anonymous and file-backed apart: a mapped GGUF inflates RSS."""
+
+    peak_rss_bytes: Count
+    peak_pss_bytes: Count
+    rss_anon_bytes: Count
+    rss_file_bytes: Count
+    swap_bytes: Count
+    major_faults: Count
+
+
+class Facts(Record):
+    """What the machine said of itself at one moment. None = the machine does not tell."""
+
+    time_unix_s: float
+    machine: str
+    board: str
+    cpu: str
+    cores: Positive
+    os: str
+    kernel: str
+    python: str
+    page_size_bytes: Positive
+    mem_total_bytes: Count
+    mem_available_bytes: Count
+    swap_used_bytes: Count
+    load_1min: float
+    cpu_busy_percent: float
+    clock_mhz: float | None = None
+    governor: str | None = None
+    temperature_c: float | None = None
+    throttled_bits: int | None = None
+    runtimes: dict[str, str] = {}
+
+
+class TaskResult(Record):
+    """What one task gave: measurements, or the error that ended it, and what it was run in."""
+
+    task: Task
+    status: Literal["ok", "failed"]
+    error: str = ""
+    measurements: list[Measurement] = []
+    memory: Memory | None = None
+    facts_before: Facts
+    facts_after: Facts
+    duration_s: float
+    resumed: bool = False
+    warnings: list[str] = []
+
+
+class Report(Record):
+    """report.json: the answer to one job."""
+
+    schema: Literal[1] = SCHEMA_VERSION
+    job_id: str
+    artifact: Artifact
+    threads: Positive
+    provenance: Provenance
+    results: list[TaskResult]
+
+
+class Sample(Record, tag="sample", tag_field="event"):
+    """One value as it is taken. `index` counts within (task, series); a resumed task starts at the next one."""
+
+    task: Count
+    series: str
+    index: Count
+    value: float
+    warmup: bool = False
+
+
+class TaskStarted(Record, tag="task_started", tag_field="event"):
+    task: Count
+    name: str
+    total: Count
+    facts: Facts
+
+
+class TaskEnded(Record, tag="task_ended", tag_field="event"):
+    task: Count
+    result: TaskResult
+
+
+class Note(Record, tag="note", tag_field="event"):
+    """Something worth saying while a job runs; no measurement hangs on it."""
+
+    message: str
+
+
+class Done(Record, tag="done", tag_field="event"):
+    report: Report
+
+
+Event = Sample | TaskStarted | TaskEnded | Note | Done
+
+R = TypeVar("R")
+
+
+def check_id(value: str) -> None:
+    """Ids become folder names: letters, digits, dot, dash, underscore; no separators, no leading dot."""
+    if not _SAFE_ID.match(value):
+        raise ValueError(f"id {value[:80]!r} is not a plain name")
+
+
+def check_relative(value: str) -> None:
+    """Refuse paths that could leave their folder (absolute, `..`, backslash, NUL, empty)."""
+    path = PurePosixPath(value)
+    bad = not value or path.is_absolute() or ".." in path.parts or "\\" in value or "\0" in value
+    if bad or str(path) != value or value == ".":
+        raise ValueError(f"path {value[:120]!r} must be relative and stay inside its folder")
+
+
+def decode(data: bytes | str, kind: type[R], origin: str) -> R:
+    """JSON to a record; SlimpiError names the origin and the offending field."""
+    try:
+        return msgspec.json.decode(data, type=kind, strict=True)
+    except (msgspec.ValidationError, msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise SlimpiError(
+            f"{origin} is not a valid {_name(kind)}: {error}. "
+            f"It must be written by slimpi with schema version {SCHEMA_VERSION}."
+        ) from error
+
+
+def encode(record: Record) -> bytes:
+    """A record as indented JSON with a final newline, for files people read."""
+    return msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n"
+
+
+def encode_line(record: Record) -> bytes:
+    """A record as one JSON line, for streams."""
+    return msgspec.json.encode(record) + b"\n"
+
+
+def read_record(path: Path, kind: type[R]) -> R:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise SlimpiError(f"cannot read {path}: {error.strerror}. Check the path.") from error
+    return decode(data, kind, str(path))
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all: temporary name, fsync, rename, fsync of the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as out:
+            out.write(data)
+            out.flush()
+            os.fsync(out.fileno())
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise SlimpiError(f"cannot write {path}: {error.strerror}. Free some space or fix permissions.") from error
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def sha256_file(path: Path) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def describe_file(folder: Path, relative: str) -> File:
+    path = folder / relative
+    return File(path=relative, sha256=sha256_file(path), size_bytes=path.stat().st_size)
+
+
+def verify_file(folder: Path, file: File) -> Path:
+    """The file's path inside `folder` if its size and hash are as said; SlimpiError otherwise."""
+    path = folder / file.path
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise SlimpiError(f"{file.path} leaves {folder} through a link. Remove the link.")
+    if not path.is_file():
+        raise SlimpiError(f"{path} is missing. Build or send the artifact again.")
+    size = path.stat().st_size
+    if size != file.size_bytes:
+        raise SlimpiError(f"{path} has {size} bytes, expected {file.size_bytes}. Build or send it again.")
+    digest = sha256_file(path)
+    if digest != file.sha256:
+        raise SlimpiError(f"{path} has sha256 {digest[:16]}..., expected {file.sha256[:16]}.... Build or send it again.")
+    return path
+
+
+def _name(kind: Any) -> str:
+    return getattr(kind, "__name__", "event")
