@@ -397,7 +397,9 @@ def verify_file(folder: Path, file: File) -> Path:
         raise SlimpiError(f"{path} has {size} bytes, expected {file.size_bytes}. Build or send it again.")
     digest = sha256_file(path)
     if digest != file.sha256:
-        raise SlimpiError(f"{path} has sha256 {digest[:16]}..., expected {file.sha256[:16]}.... Build or send it again.")
+        raise SlimpiError(
+            f"{path} has sha256 {digest[:16]}..., expected {file.sha256[:16]}.... Build or send it again."
+        )
     return path
 
 

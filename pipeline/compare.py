@@ -1,0 +1,298 @@
+"""Reports -> one table and one answer: which variant to run, and what it loses.
+
+Only like is compared with like; differences are paired and carry 95% intervals; an interval that holds zero prints
+"no difference"; runs with warnings are shown, marked, and left out of the answer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean, median
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from device.schema import Artifact, Measurement, Memory, Report, SlimpiError
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Paired difference to the reference with its 95% interval; `unit` says of what."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+    unit: str
+    flips_worse: int = 0
+    flips_better: int = 0
+
+    @property
+    def significant(self) -> bool:
+        return not (self.low <= 0.0 <= self.high)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One artifact's figures on one machine. None = not measured; never guessed."""
+
+    artifact: Artifact
+    report: Report
+    quality: Measurement | None
+    loss: Difference | None
+    loss_note: str
+    prefill: Measurement | None
+    decode: Measurement | None
+    ttft_ms: Measurement | None
+    latency_ms: Measurement | None
+    tweets_per_s: Measurement | None
+    load_ms: float | None
+    memory: Memory | None
+    parity_kl: Measurement | None
+    parity_top1: Measurement | None
+    warnings: list[str]
+    failures: list[str]
+
+    @property
+    def valid(self) -> bool:
+        return not self.warnings and not self.failures
+
+    @property
+    def speed(self) -> float:
+        """What more of is better: decoded tokens/s for an LM, tweets/s for a classifier; NaN if not measured."""
+        measurement = self.decode or self.tweets_per_s
+        return median(measurement.samples) if measurement else math.nan
+
+
+def paired_difference(ours: Sequence[float], reference: Sequence[float], unit: str) -> Difference:
+    """Mean of ours - reference over pairs with its Student-t interval (n - 1 degrees of freedom)."""
+    if len(ours) != len(reference):
+        raise SlimpiError(f"cannot pair {len(ours)} samples with {len(reference)}. Measure both over the same data.")
+    deltas = np.asarray(ours, dtype=np.float64) - np.asarray(reference, dtype=np.float64)
+    n = len(deltas)
+    mean = float(deltas.mean())
+    if n < 2:
+        return Difference(mean, -math.inf, math.inf, n, unit)
+    half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1) * deltas.std(ddof=1) / math.sqrt(n))
+    return Difference(mean, mean - half, mean + half, n, unit)
+
+
+def accuracy_difference(ours: Sequence[float], reference: Sequence[float]) -> Difference:
+    """Difference in accuracy (points) from paired 0/1 outcomes, flips counted.
+
+    Agresti and Min's interval for matched pairs (Statistics in Medicine 2005): Wald after half a pair is added to
+    each of the four cells, so that no flip at all still leaves an interval of honest width.
+    """
+    if len(ours) != len(reference):
+        raise SlimpiError(
+            f"cannot pair {len(ours)} predictions with {len(reference)}. Classify the same rows with both."
+        )
+    worse = sum(a < b for a, b in zip(ours, reference, strict=True))
+    better = sum(a > b for a, b in zip(ours, reference, strict=True))
+    n = len(ours)
+    centre = (better - worse) / (n + 2)
+    variance = ((better + worse + 1) - (better - worse) ** 2 / (n + 2)) / (n + 2) ** 2
+    half = float(stats.norm.ppf(0.5 + CONFIDENCE / 2)) * math.sqrt(variance)
+    mean = 100.0 * (better - worse) / n
+    return Difference(mean, 100.0 * (centre - half), 100.0 * (centre + half), n, "points", worse, better)
+
+
+def perplexity(nll: Measurement) -> tuple[float, float]:
+    """exp(mean NLL) and its standard error by the delta method."""
+    value = math.exp(nll.mean)
+    return value, value * nll.stderr
+
+
+def loss_percent(difference: Difference) -> Difference:
+    """A difference in mean NLL (nats/token) as a change of perplexity in percent: 100 (exp(d) - 1)."""
+    low, mean, high = (100.0 * math.expm1(x) for x in (difference.low, difference.mean, difference.high))
+    return Difference(mean, low, high, difference.n, "% ppl")
+
+
+def conditions_key(report: Report) -> dict[str, Any]:
+    """What must be equal for two reports to be compared: machine, threads, and each task's conditions."""
+    facts = report.results[0].facts_before if report.results else None
+    key: dict[str, Any] = {
+        "provenance": report.provenance,
+        "threads": report.threads,
+        "tokenizer": report.artifact.tokenizer_sha256,
+        "board": f"{facts.board} / {facts.cpu} / {facts.machine}" if facts else "",
+    }
+    for result in report.results:
+        for measurement in result.measurements:
+            for name in ("n_ctx", "n_chunks", "corpus_sha256", "n_prompt", "n_gen", "batch_size", "n_rows"):
+                if name in measurement.conditions:
+                    key[f"{measurement.metric}.{name}"] = measurement.conditions[name]
+    return key
+
+
+def check_alike(reports: Sequence[Report]) -> None:
+    """Refuse reports of one model that were taken under different conditions, naming the first that differs."""
+    for model in {r.artifact.model for r in reports}:
+        same = [r for r in reports if r.artifact.model == model]
+        first = conditions_key(same[0])
+        for other in same[1:]:
+            theirs = conditions_key(other)
+            for name in first.keys() & theirs.keys():
+                if first[name] != theirs[name]:
+                    raise SlimpiError(
+                        f"{same[0].artifact.name} and {other.artifact.name} are not comparable: {name} is "
+                        f"{first[name]!r} and {theirs[name]!r}. Measure both under the same conditions."
+                    )
+
+
+def rows(reports: Sequence[Report]) -> list[Row]:
+    """One row a report, losses against the same model's reference; raises if reports are not alike."""
+    if not reports:
+        raise SlimpiError("there is nothing to compare. Run `slimpi bench ARTIFACT...` first.")
+    check_alike(reports)
+    references = {r.artifact.model: r for r in reports if r.artifact.reference}
+    return [_row(r, references.get(r.artifact.model)) for r in reports]
+
+
+def _row(report: Report, reference: Report | None) -> Row:
+    found = _measurements(report)
+    loss, note = _loss(found, report, reference)
+    memories = [r.memory for r in report.results if r.memory]
+    return Row(
+        artifact=report.artifact,
+        report=report,
+        quality=found.get("nll") or found.get("accuracy"),
+        loss=loss,
+        loss_note=note,
+        prefill=found.get("prefill_tokens_per_s"),
+        decode=found.get("decode_tokens_per_s"),
+        ttft_ms=found.get("ttft_ms"),
+        latency_ms=found.get("latency_ms"),
+        tweets_per_s=found.get("tweets_per_s"),
+        load_ms=median(found["load_ms"].samples) if "load_ms" in found else None,
+        memory=max(memories, key=lambda m: m.peak_rss_bytes, default=None),
+        parity_kl=found.get("kl_divergence"),
+        parity_top1=found.get("top1_agreement"),
+        warnings=[f"{r.task.__struct_config__.tag}: {w}" for r in report.results for w in r.warnings],
+        failures=[f"{r.task.__struct_config__.tag}: {r.error}" for r in report.results if r.status != "ok"],
+    )
+
+
+def _measurements(report: Report) -> dict[str, Measurement]:
+    return {m.metric: m for r in report.results for m in r.measurements}
+
+
+def _loss(found: dict[str, Measurement], report: Report, reference: Report | None) -> tuple[Difference | None, str]:
+    if report.artifact.reference:
+        return None, "reference"
+    if reference is None:
+        return None, "no reference measured"
+    base = _measurements(reference)
+    if "nll" in found and "nll" in base:
+        return loss_percent(paired_difference(found["nll"].samples, base["nll"].samples, "nats")), ""
+    if "accuracy" in found and "accuracy" in base:
+        return accuracy_difference(found["accuracy"].samples, base["accuracy"].samples), ""
+    return None, "quality not measured"
+
+
+def pareto(candidates: Sequence[Row]) -> set[str]:
+    """Ids of rows that no other row beats in size and mean loss at once (reference loss = 0)."""
+
+    def cost(row: Row) -> tuple[float, float]:
+        return row.artifact.size_bytes, 0.0 if row.loss is None else _badness(row.loss)
+
+    kept = set()
+    for row in candidates:
+        size, loss = cost(row)
+        beaten = any(
+            o is not row and cost(o)[0] <= size and cost(o)[1] <= loss and cost(o) != (size, loss) for o in candidates
+        )
+        if not beaten:
+            kept.add(row.artifact.id)
+    return kept
+
+
+def _badness(loss: Difference) -> float:
+    """Points of accuracy lost or percent of perplexity gained: more is worse for both."""
+    return -loss.mean if loss.unit == "points" else loss.mean
+
+
+def answer(candidates: Sequence[Row]) -> list[str]:
+    """Plain sentences per model: the smallest variant without a measurable loss, and the fastest with its loss."""
+    lines = []
+    for model in dict.fromkeys(r.artifact.model for r in candidates):
+        usable = [r for r in candidates if r.artifact.model == model and r.valid and (r.loss or r.artifact.reference)]
+        if not usable:
+            lines.append(f"{model}: no valid run with a measured loss; no recommendation.")
+            continue
+        lossless = [r for r in usable if r.loss is None or not (r.loss.significant and _badness(r.loss) > 0)]
+        lines.append(f"{model}: " + _recommend("smallest without a measurable loss", min(lossless, key=_size)))
+        timed = [r for r in usable if not math.isnan(r.speed)]
+        if timed:
+            lines.append(f"{model}: " + _recommend("fastest measured", max(timed, key=lambda r: r.speed)))
+    return lines
+
+
+def _size(row: Row) -> int:
+    return row.artifact.size_bytes
+
+
+def _recommend(why: str, row: Row) -> str:
+    loss = "the reference itself" if row.loss is None else f"loss {describe_loss(row)}"
+    return (
+        f"{why} is {row.artifact.variant} ({row.artifact.size_bytes / 2**20:.1f} MiB, {describe_speed(row)}; {loss})."
+    )
+
+
+def describe_loss(row: Row) -> str:
+    if row.loss is None:
+        return row.loss_note
+    loss = row.loss
+    span = f"[{loss.low:+.1f}, {loss.high:+.1f}]" if math.isfinite(loss.low) else "[unknown]"
+    flips = f", {loss.flips_worse} worse {loss.flips_better} better" if loss.unit == "points" else ""
+    verdict = "" if loss.significant else " no difference"
+    return f"{loss.mean:+.1f} {loss.unit} {span}{flips}{verdict}"
+
+
+def describe_speed(row: Row) -> str:
+    if row.decode and row.prefill:
+        return f"{median(row.prefill.samples):.0f} prefill, {median(row.decode.samples):.1f} decode token/s"
+    if row.tweets_per_s:
+        return f"{median(row.tweets_per_s.samples):.0f} tweets/s"
+    return "speed not measured"
+
+
+def describe_latency(row: Row) -> str:
+    if row.ttft_ms and row.decode:
+        per_token = 1000.0 / median(row.decode.samples)
+        return f"TTFT {median(row.ttft_ms.samples):.0f} ms, {per_token:.1f} ms/token"
+    if row.latency_ms:
+        p50, p90, p99 = np.percentile(row.latency_ms.samples, [50, 90, 99])
+        return f"p50 {p50:.2f} p90 {p90:.2f} p99 {p99:.2f} ms/tweet"
+    return "-"
+
+
+def describe_quality(row: Row) -> str:
+    if row.quality is None:
+        return "-"
+    if row.quality.metric == "nll":
+        value, error = perplexity(row.quality)
+        return f"ppl {value:.3f} ±{error:.2f} (n={row.quality.n} chunks)"
+    accuracy = fmean(row.quality.samples)
+    f1 = _measurements(row.report).get("f1")
+    shown = f", F1 {f1.samples[0]:.3f}" if f1 else ""
+    return f"acc {100 * accuracy:.1f}% ±{100 * row.quality.stderr:.1f}{shown} (n={row.quality.n})"
+
+
+def describe_parity(row: Row) -> str:
+    if row.parity_kl is None or row.parity_top1 is None:
+        return "-"
+    return f"KL {row.parity_kl.mean:.1e}, top-1 {100 * row.parity_top1.mean:.0f}%"
+
+
+def describe_memory(row: Row) -> str:
+    if row.memory is None:
+        return "-"
+    m = row.memory
+    return f"{m.peak_rss_bytes / 2**20:.0f} ({m.rss_anon_bytes / 2**20:.0f}+{m.rss_file_bytes / 2**20:.0f})"

@@ -1,0 +1,199 @@
+"""EXPORTERS: from a source to variants a stock runtime loads. One entry a file format."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from device.schema import Fallback, Kind, ModelTask, SlimpiError, Step, sha256_file
+from pipeline import calibrate, checkpoint, sources
+from pipeline.export import gguf as gguf_export
+from pipeline.export import llama_quantize, onnx
+from pipeline.formats import weights_of
+from pipeline.progress import Progressor
+from pipeline.recipes import Recipe
+from pipeline.store import Places, digest, stage
+from pipeline.tweets import head
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every exporter needs to know of the run it is part of."""
+
+    recipe: Recipe
+    source: sources.Source
+    places: Places
+    threads: int
+    progress: Progressor
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What the variants of a recipe share: the lossless base, and what led to it."""
+
+    base: Path
+    tokenizer_sha256: str
+    lineage: list[Step]
+    notes: list[str]
+    importance: Path | None = None
+
+
+@dataclass(frozen=True)
+class Made:
+    """One variant's files, written into its folder, and what their bits mean."""
+
+    entry: str
+    types: dict[str, str]
+    n_weights: int
+    n_linear_weights: int
+    bits_per_weight: float
+    bits_per_linear_weight: float
+    lineage: list[Step]
+    fallbacks: list[Fallback] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Exporter:
+    """kind and task of what it makes, its variants, the shared part, and one variant."""
+
+    kind: Kind
+    task: ModelTask
+    variants: Collection[str]
+    prepare: Callable[[Context], Prepared]
+    make: Callable[[Context, Prepared, str, Path], Made]
+
+
+def _prepare_gguf(context: Context) -> Prepared:
+    recipe, progress = context.recipe, context.progress
+    model = checkpoint.load(context.source.path)
+
+    def convert(folder: Path) -> None:
+        with progress.step("convert to GGUF, lossless") as tick:
+            gguf_export.export_gguf(model, folder / "base.gguf", "auto", progress=tick)
+
+    base = stage(
+        context.places.stages, f"{recipe.name}-base", ["gguf-base", context.source.sha256], convert, progress.say
+    )
+    lineage = [Step(action="convert", source=context.source.spec, settings={"dtype": "auto (lossless)"})]
+    importance = None
+    if any(llama_quantize.VARIANTS[v].needs_imatrix or v in _WITH_IMPORTANCE for v in recipe.variants):
+        importance, step = _importance(context, base / "base.gguf")
+        lineage.append(step)
+    notes = [*context.source.notes, *model.notes]
+    return Prepared(base / "base.gguf", model.vocab.sha256(), lineage, notes, importance)
+
+
+# K-quants and IQ types use the importance matrix in their scale search; the legacy Q4_0..Q8_0 take it too.
+_WITH_IMPORTANCE = frozenset(v for v in llama_quantize.VARIANTS if v not in ("F32", "F16", "BF16", "Q8_0"))
+
+
+def _importance(context: Context, base: Path) -> tuple[Path, Step]:
+    settings = context.recipe.calibration
+    text = sources.dataset(settings.text, context.places.sources)
+    key = ["importance", context.source.sha256, sha256_file(text), settings.n_ctx, settings.n_chunks]
+
+    def collect(folder: Path) -> None:
+        with context.progress.step(f"importance matrix on {settings.text}") as tick:
+            calibrate.collect_importance(
+                base, text, folder / "importance.npz", settings.n_ctx, settings.n_chunks, context.threads, tick
+            )
+
+    folder = stage(context.places.stages, f"{context.recipe.name}-importance", key, collect, context.progress.say)
+    step = Step(
+        action="importance",
+        source=settings.text,
+        settings={"n_ctx": settings.n_ctx, "n_chunks": settings.n_chunks, "text_sha256": sha256_file(text)},
+    )
+    return folder / "importance.npz", step
+
+
+def _make_gguf(context: Context, prepared: Prepared, variant: str, folder: Path) -> Made:
+    importance = prepared.importance if variant in _WITH_IMPORTANCE else None
+    out = folder / f"{context.recipe.name}-{variant}.gguf"
+    with context.progress.step(f"quantize {variant}") as tick:
+        result = llama_quantize.quantize_gguf(prepared.base, out, variant, importance, context.threads, tick)
+    weights = weights_of(gguf_export.read_gguf_types(out))
+    settings = {"variant": variant, "importance": importance is not None}
+    return Made(
+        entry=out.name,
+        types=result.types,
+        n_weights=weights.n_weights,
+        n_linear_weights=weights.n_linear_weights,
+        bits_per_weight=weights.bits_per_weight,
+        bits_per_linear_weight=weights.bits_per_linear_weight,
+        lineage=[Step(action="llama_model_quantize", source="base.gguf", settings=settings)],
+        fallbacks=result.fallbacks,
+    )
+
+
+def _prepare_onnx(context: Context) -> Prepared:
+    recipe, progress = context.recipe, context.progress
+    labels = recipe.labels
+    notes = list(context.source.notes)
+    lineage: list[Step] = []
+    model_dir = context.source.path
+    if recipe.head:
+        model_dir, step = _trained_head(context)
+        lineage.append(step)
+        notes.append(f"classification head trained on {recipe.head.rows}")
+
+    def export(folder: Path) -> None:
+        with progress.step("export encoder to ONNX FP32"):
+            onnx.export_encoder(model_dir, folder, labels, recipe.max_tokens)
+
+    key = ["onnx-base", context.source.sha256, labels, recipe.max_tokens, [s.settings for s in lineage]]
+    base = stage(context.places.stages, f"{recipe.name}-base", key, export, progress.say)
+    lineage.append(Step(action="export", source=context.source.spec, settings={"max_tokens": recipe.max_tokens}))
+    return Prepared(base / "model.onnx", sha256_file(base / "tokenizer.json"), lineage, notes)
+
+
+def _trained_head(context: Context) -> tuple[Path, Step]:
+    recipe = context.recipe
+    assert recipe.head is not None
+    if len(recipe.labels) < 2:
+        raise SlimpiError(
+            f"recipe {recipe.name} trains a head but `labels` has {len(recipe.labels)}: name at least two."
+        )
+    settings = recipe.head
+    rows = sources.dataset(settings.rows, context.places.sources)
+    key = ["head", context.source.sha256, sha256_file(rows), settings, recipe.labels, recipe.max_tokens]
+
+    def train(folder: Path) -> None:
+        with context.progress.step(f"train classification head on {settings.rows}") as tick:
+            head.train_head(
+                context.source.path,
+                rows,
+                folder,
+                text_column=settings.text_column,
+                label_column=settings.label_column,
+                labels=recipe.labels,
+                max_tokens=recipe.max_tokens,
+                seed=settings.seed,
+                progress=tick,
+            )
+
+    folder = stage(context.places.stages, f"{recipe.name}-head", key, train, context.progress.say)
+    return folder, Step(
+        action="train head", source=settings.rows, settings={"key": digest(key)[:16], "seed": settings.seed}
+    )
+
+
+def _make_onnx(context: Context, prepared: Prepared, variant: str, folder: Path) -> Made:
+    with context.progress.step(f"write {variant}"):
+        summary = onnx.make_variant(prepared.base, folder, variant)
+    return Made(
+        entry="model.onnx",
+        types=summary.types,
+        n_weights=summary.n_weights,
+        n_linear_weights=summary.n_linear_weights,
+        bits_per_weight=summary.bits_per_weight,
+        bits_per_linear_weight=summary.bits_per_linear_weight,
+        lineage=[Step(action="onnx variant", source="model.onnx", settings={"variant": variant})],
+    )
+
+
+EXPORTERS: dict[str, Exporter] = {
+    "gguf": Exporter("gguf", "lm", llama_quantize.VARIANTS, _prepare_gguf, _make_gguf),
+    "onnx": Exporter("onnx", "classifier", onnx.ONNX_VARIANTS, _prepare_onnx, _make_onnx),
+}

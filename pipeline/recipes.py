@@ -1,0 +1,104 @@
+"""Recipes: what to build, read from models/*.toml. Unknown keys fail."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from device.schema import SlimpiError, check_id
+
+Positive = Annotated[int, Meta(ge=1)]
+Count = Annotated[int, Meta(ge=0)]
+
+
+class _Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Base of every recipe table: immutable, unknown keys rejected."""
+
+
+class Calibration(_Config, kw_only=True):
+    """Text for importance matrices; n_chunks 0 = all of it."""
+
+    text: str = "demo:prose_calibration.txt"
+    n_ctx: Positive = 512
+    n_chunks: Count = 0
+
+
+class Head(_Config, kw_only=True):
+    """Train a classification head on labelled rows before export."""
+
+    rows: str
+    text_column: str = "text"
+    label_column: str = "target"
+    seed: int = 0
+
+
+class Golden(_Config, kw_only=True):
+    """How much of the model's output is recorded at build time for the parity task."""
+
+    dataset: str = "demo:prose_test.txt"
+    n: Positive = 32
+    n_tokens: Positive = 128
+
+
+class Bench(_Config, kw_only=True):
+    """What the device runs. Dataset names are resolved by `sources.dataset`."""
+
+    text: str = "demo:prose_test.txt"
+    n_ctx: Annotated[int, Meta(ge=8, le=131072)] = 512
+    n_chunks: Count = 0
+    n_prompt: Positive = 512
+    n_gen: Positive = 128
+    repetitions: Positive = 5
+    rows: str = "demo:tweets_test.csv"
+    text_column: str = "text"
+    label_column: str = "target"
+    limit: Count = 0
+
+
+class Recipe(_Config, kw_only=True):
+    """One model and its variants. The first variant is the reference that losses are counted against."""
+
+    name: str
+    source: str
+    export: Literal["gguf", "onnx"]
+    variants: list[str]
+    sha256: str = ""
+    note: str = ""
+    labels: list[str] = []
+    max_tokens: Count = 128
+    calibration: Calibration = Calibration()
+    head: Head | None = None
+    golden: Golden = Golden()
+    bench: Bench = Bench()
+
+    def __post_init__(self) -> None:
+        check_id(self.name)
+        if not self.variants:
+            raise ValueError("`variants` is empty: name at least one")
+        if len(set(self.variants)) != len(self.variants):
+            raise ValueError(f"`variants` names one twice: {self.variants}")
+
+    @property
+    def reference(self) -> str:
+        return self.variants[0]
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Parse and check one recipe file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SlimpiError(f"cannot read recipe {path}: {error}. See models/*.toml for examples.") from error
+    try:
+        return msgspec.toml.decode(text, type=Recipe)
+    except (msgspec.ValidationError, msgspec.DecodeError) as error:
+        raise SlimpiError(f"recipe {path}: {error}. See models/*.toml for examples.") from error
+
+
+def as_dict(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain data, for hashing and for the manifest."""
+    plain: dict[str, Any] = msgspec.to_builtins(recipe)
+    return plain

@@ -1,0 +1,208 @@
+"""Differences are paired, unlike reports are refused, and the answer never rests on an invalid run."""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from device.schema import Artifact, Dataset, Facts, File, Measurement, Perplexity, Report, SlimpiError, TaskResult
+from pipeline.compare import (
+    accuracy_difference,
+    answer,
+    loss_percent,
+    paired_difference,
+    pareto,
+    perplexity,
+    rows,
+)
+from pipeline.table import show
+
+CORPUS = File(path="c/text.txt", sha256="c" * 64, size_bytes=10)
+
+
+def facts(**changes: object) -> Facts:
+    base = Facts(
+        time_unix_s=1.7e9, machine="aarch64", board="Raspberry Pi 4 Model B", cpu="Cortex-A72", cores=4, os="Debian",
+        kernel="6.6", python="3.11", page_size_bytes=4096, mem_total_bytes=2**33, mem_available_bytes=2**32,
+        swap_used_bytes=0, load_1min=0.0, cpu_busy_percent=0.0,
+    )  # fmt: skip
+    return msgspec.structs.replace(base, **changes)
+
+
+def report(
+    variant: str,
+    nll: list[float],
+    size_mib: int = 100,
+    decode: float = 10.0,
+    threads: int = 4,
+    n_ctx: int = 512,
+    warnings: tuple[str, ...] = (),
+    model: str = "m",
+) -> Report:
+    entry = File(path="m.gguf", sha256="a" * 64, size_bytes=size_mib * 2**20)
+    artifact = Artifact(
+        id=f"{model}-{variant}", name=f"{model}-{variant}", model=model, variant=variant, kind="gguf", task="lm",
+        entry="m.gguf", files=[entry], reference=variant == "F16", tokenizer_sha256="b" * 64, n_weights=1,
+        n_linear_weights=1, bits_per_weight=4.0, bits_per_linear_weight=4.0, size_bytes=entry.size_bytes, plan={},
+    )  # fmt: skip
+
+    def measured(metric: str, unit: str, samples: list[float], up: bool, **conditions: object) -> Measurement:
+        return Measurement(
+            metric=metric, unit=unit, samples=samples, higher_is_better=up, conditions=conditions, provenance="measured"
+        )
+
+    result = TaskResult(
+        task=Perplexity(dataset=Dataset(name="text", file=CORPUS)),
+        status="ok",
+        measurements=[
+            measured("nll", "nats/token", nll, False, n_ctx=n_ctx, corpus_sha256=CORPUS.sha256),
+            measured("prefill_tokens_per_s", "token/s", [20.0] * 3, True, n_prompt=512),
+            measured("decode_tokens_per_s", "token/s", [decode] * 3, True, n_gen=128),
+        ],
+        facts_before=facts(),
+        facts_after=facts(),
+        duration_s=1.0,
+        warnings=list(warnings),
+    )
+    return Report(job_id="j", artifact=artifact, threads=threads, provenance="measured", results=[result])
+
+
+REFERENCE = [3.0, 2.9, 3.2, 3.1, 2.8, 3.05]
+WORSE = [x + d for x, d in zip(REFERENCE, [0.20, 0.21, 0.19, 0.2, 0.22, 0.2], strict=True)]
+SAME = [x + d for x, d in zip(REFERENCE, [0.01, -0.012, 0.008, -0.009, 0.002, -0.001], strict=True)]
+
+
+@given(st.lists(st.tuples(st.floats(-5, 5), st.floats(-5, 5)), min_size=2, max_size=40))
+def test_paired_interval_equals_its_textbook_twin(pairs: list[tuple[float, float]]) -> None:
+    from scipy import stats
+
+    ours, reference = [a for a, _ in pairs], [b for _, b in pairs]
+    got = paired_difference(ours, reference, "nats")
+    deltas = [a - b for a, b in pairs]
+    mean = math.fsum(deltas) / len(deltas)
+    variance = math.fsum((d - mean) ** 2 for d in deltas) / (len(deltas) - 1)
+    half = stats.t.ppf(0.975, len(deltas) - 1) * math.sqrt(variance / len(deltas))
+    assert got.mean == pytest.approx(mean, abs=1e-12)
+    assert (got.low, got.high) == pytest.approx((mean - half, mean + half), abs=1e-9)
+
+
+def test_paired_interval_covers_the_truth_about_95_times_in_100() -> None:
+    rng = np.random.default_rng(0)
+    hits = 0
+    for _ in range(2000):
+        hard = rng.normal(3, 0.5, 8)  # chunks differ far more among themselves than variants do
+        got = paired_difference(hard + 0.05 + rng.normal(0, 0.02, 8), hard, "nats")
+        hits += got.low <= 0.05 <= got.high
+    assert 0.935 <= hits / 2000 <= 0.965
+
+
+def test_accuracy_interval_covers_the_truth() -> None:
+    rng = np.random.default_rng(1)
+    hits = 0
+    for _ in range(2000):
+        u = rng.random(160)
+        reference = (u < 0.8).astype(float)
+        ours = np.where(rng.random(160) < 0.03, 1 - reference, reference)
+        truth = 100 * (0.03 * 0.2 - 0.03 * 0.8)
+        got = accuracy_difference(list(ours), list(reference))
+        hits += got.low <= truth <= got.high
+    assert hits / 2000 >= 0.93
+
+
+def test_accuracy_difference_counts_flips_and_keeps_width_without_any() -> None:
+    got = accuracy_difference([1, 0, 1, 1], [1, 1, 0, 1])
+    assert (got.flips_worse, got.flips_better, got.mean) == (1, 1, 0.0)
+    none = accuracy_difference([1.0] * 100, [1.0] * 100)
+    assert none.low < 0 < none.high
+    assert not none.significant
+
+
+def test_perplexity_and_its_error() -> None:
+    value, error = perplexity(report("F16", REFERENCE).results[0].measurements[0])
+    assert value == pytest.approx(np.exp(np.mean(REFERENCE)))
+    assert error == pytest.approx(value * np.std(REFERENCE, ddof=1) / np.sqrt(len(REFERENCE)))
+
+
+def test_loss_in_percent_is_the_ratio_of_perplexities() -> None:
+    loss = loss_percent(paired_difference(WORSE, REFERENCE, "nats"))
+    assert loss.mean == pytest.approx(100 * (np.exp(np.mean(WORSE)) / np.exp(np.mean(REFERENCE)) - 1))
+    assert loss.significant
+
+
+def test_overlapping_interval_says_no_difference(capsys: pytest.CaptureFixture[str]) -> None:
+    show(rows([report("F16", REFERENCE), report("Q6_K", SAME, 60), report("Q2_K", WORSE, 30)]))
+    lines = capsys.readouterr().out.splitlines()
+    (same,) = [line for line in lines if "Q6_K" in line and "│" in line]
+    (worse,) = [line for line in lines if "Q2_K" in line and "│" in line]
+    assert "no difference" in same
+    assert "no difference" not in worse
+
+
+@pytest.mark.parametrize("change", [{"threads": 2}, {"n_ctx": 1024}])
+def test_unlike_reports_are_refused_by_name(change: dict[str, int]) -> None:
+    with pytest.raises(SlimpiError, match="not comparable: .*" + next(iter(change))):
+        rows([report("F16", REFERENCE), report("Q4_0", WORSE, **change)])
+
+
+def test_other_tokenizer_board_provenance_and_corpus_are_refused() -> None:
+    good = report("F16", REFERENCE)
+    other = report("Q4_0", WORSE)
+    replace = msgspec.structs.replace
+    result = other.results[0]
+    elsewhere = replace(result.measurements[0], conditions={"n_ctx": 512, "corpus_sha256": "d" * 64})
+    for changed in (
+        replace(other, artifact=replace(other.artifact, tokenizer_sha256="e" * 64)),
+        replace(other, provenance="emulated"),
+        replace(other, results=[replace(result, facts_before=facts(board="Raspberry Pi 5"))]),
+        replace(other, results=[replace(result, measurements=[elsewhere])]),
+    ):
+        with pytest.raises(SlimpiError, match="not comparable"):
+            rows([good, changed])
+
+
+def test_two_models_may_share_a_table() -> None:
+    assert len(rows([report("F16", REFERENCE), report("F16", WORSE, n_ctx=256, model="other")])) == 2
+
+
+def test_unequal_sample_counts_are_refused() -> None:
+    with pytest.raises(SlimpiError, match="cannot pair 5 samples with 6"):
+        rows([report("F16", REFERENCE), report("Q4_0", WORSE[:5])])
+
+
+def test_answer_is_the_smallest_without_loss_and_skips_invalid_runs() -> None:
+    reports = [report("F16", REFERENCE, 270, 5.0), report("Q6_K", SAME, 110, 9.0), report("Q2_K", WORSE, 60, 12.0)]
+    text = "\n".join(answer(rows(reports)))
+    assert "smallest without a measurable loss is Q6_K" in text
+    assert "fastest measured is Q2_K" in text
+    reports[1] = report("Q6_K", SAME, 110, 99.0, warnings=("throttled",))
+    text = "\n".join(answer(rows(reports)))
+    assert "Q6_K" not in text
+    assert "smallest without a measurable loss is F16" in text
+
+
+def test_answer_says_so_when_nothing_is_usable() -> None:
+    assert "no recommendation" in answer(rows([report("Q4_0", WORSE)]))[0]
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), min_size=1, max_size=8))
+def test_pareto_keeps_exactly_the_unbeaten(points: list[tuple[int, int]]) -> None:
+    reports = [report("F16", REFERENCE, 1000)]
+    reports += [report(f"V{i}", [x + loss / 10 for x in REFERENCE], size) for i, (size, loss) in enumerate(points)]
+    front = pareto(rows(reports))
+    naive = {
+        f"m-V{i}"
+        for i, (size, loss) in enumerate(points)
+        if not any((s, q) != (size, loss) and s <= size and q <= loss for s, q in points)
+    }
+    assert front - {"m-F16"} == naive
+    assert ("m-F16" in front) == all(loss > 0 for _, loss in points)
+
+
+def test_nothing_to_compare_is_an_error() -> None:
+    with pytest.raises(SlimpiError, match="nothing to compare"):
+        rows([])
