@@ -1,0 +1,212 @@
+"""llama.cpp's own tools as peers: built from the source of the wheel that slimpi runs on, run, and read.
+
+The sdist of llama-cpp-python carries the whole llama.cpp tree, so the tools come from the very commit and the
+same compiler as the library under test; `check_same` refuses a pair that does not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import msgspec
+
+from device.schema import SlimpiError
+from pipeline.store import digest, whole_folder
+
+TOOLS = ("llama-bench", "llama-perplexity", "llama-imatrix", "llama-quantize")
+PACKAGE = "llama-cpp-python"
+# GGML_* stay at their defaults, as in the wheel: native instructions, OpenMP, repacking.
+CMAKE_OPTIONS = (
+    "-DCMAKE_BUILD_TYPE=Release",
+    "-DBUILD_SHARED_LIBS=OFF",
+    "-DLLAMA_CURL=OFF",
+    "-DLLAMA_OPENSSL=OFF",
+    "-DLLAMA_BUILD_TESTS=OFF",
+    "-DLLAMA_BUILD_EXAMPLES=OFF",
+    "-DLLAMA_BUILD_SERVER=OFF",
+    "-DLLAMA_BUILD_APP=OFF",
+)
+_WHEEL_PROBE = """
+import ctypes, json
+from llama_cpp import llama_cpp as api
+commit = api._lib.ggml_commit
+commit.restype = ctypes.c_char_p
+print(json.dumps({"commit": commit().decode(), "features": api.llama_print_system_info().decode()}))
+"""
+
+
+class BenchRow(msgspec.Struct, frozen=True, kw_only=True):
+    """What we read of a row of `llama-bench -o json`; the other fields are llama-bench's business."""
+
+    n_batch: int
+    n_ubatch: int
+    n_threads: int
+    n_prompt: int
+    n_gen: int
+    samples_ns: list[int]
+
+
+@dataclass(frozen=True)
+class PerplexityOutput:
+    """llama-perplexity's answer: running estimates after each chunk, the last with its standard error."""
+
+    running_ppl: list[float]
+    ppl: float
+    ppl_stderr: float
+    features: str
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """The llama.cpp inside llama-cpp-python: commit, and the CPU features it was compiled for."""
+
+    version: str
+    commit: str
+    features: str
+
+
+@dataclass(frozen=True)
+class Build:
+    """llama.cpp's own name for what the tools were made from."""
+
+    number: int
+    commit: str
+
+
+def find_or_build(peers_dir: Path, jobs: int) -> Path:
+    """Folder of the tools' binaries: `peers_dir/bin` if someone built them there, else our own cached build."""
+    given = peers_dir / "bin"
+    if all((given / tool).is_file() for tool in TOOLS):
+        return given
+    options = [*shlex.split(os.environ.get("CMAKE_ARGS", "")), *CMAKE_OPTIONS]
+    target = peers_dir / f"llama.cpp-{version(PACKAGE)}-{digest(options)[:8]}"
+    if not target.is_dir():
+        print(f"build llama.cpp's tools from {PACKAGE} {version(PACKAGE)}: about 10 minutes of CPU, once")
+        with whole_folder(target) as scratch:
+            _build(scratch, options, jobs)
+    return target
+
+
+def _build(folder: Path, options: Sequence[str], jobs: int) -> None:
+    work = folder / "work"
+    pip = [sys.executable, "-m", "pip"]
+    pinned = f"{PACKAGE}=={version(PACKAGE)}"
+    run_tool([*pip, "download", "--quiet", "--no-deps", "--no-binary", PACKAGE, "--dest", str(work), pinned])
+    (sdist,) = work.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(work, filter="data")
+    (source,) = work.glob("*/vendor/llama.cpp")
+    cmake = shutil.which("cmake")
+    if cmake is None:
+        run_tool([*pip, "install", "--quiet", "--target", str(work / "cmake"), "cmake"])
+        cmake = str(work / "cmake" / "cmake" / "data" / "bin" / "cmake")
+    run_tool([cmake, "-S", str(source), "-B", str(work / "build"), *options])
+    run_tool([cmake, "--build", str(work / "build"), "--parallel", str(jobs), "--target", *TOOLS])
+    for tool in TOOLS:
+        shutil.copy2(work / "build" / "bin" / tool, folder / tool)
+    shutil.rmtree(work)
+
+
+def run_tool(argv: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """Run argv to its end, output captured; SlimpiError with its last lines if it fails."""
+    try:
+        done = subprocess.run(argv, capture_output=True, text=True, errors="replace", check=False)
+    except OSError as error:
+        raise SlimpiError(f"cannot run {argv[0]}: {error.strerror}. Build the peers again.") from error
+    if done.returncode:
+        said = " | ".join((done.stderr.strip() or done.stdout.strip()).splitlines()[-3:]) or "no output"
+        raise SlimpiError(
+            f"{Path(argv[0]).name} failed with code {done.returncode}: {said}. See its arguments: {argv[1:]}"
+        )
+    return done
+
+
+def probe_wheel() -> Wheel:
+    """Ask the installed llama-cpp-python, in its own process, what it was built from and for."""
+    answer = json.loads(run_tool([sys.executable, "-c", _WHEEL_PROBE]).stdout.splitlines()[-1])
+    return Wheel(version(PACKAGE), answer["commit"], _features(answer["features"]))
+
+
+def probe_build(tools: Path) -> Build:
+    """Commit and build number that llama-bench says it was made from."""
+    done = run_tool([str(tools / "llama-bench"), "--version"])
+    return parse_version(done.stdout + done.stderr)
+
+
+def parse_version(output: str) -> Build:
+    """`version: ... (build 1, commit 0c1e570)`."""
+    found = re.search(r"\(build (\d+), commit (\w+)\)", output)
+    if found is None:
+        raise SlimpiError(f"cannot read llama-bench's version ({output[:200]!r}). Did its format change?")
+    return Build(int(found[1]), found[2])
+
+
+def check_same(wheel: Wheel, what: str, ours: str, theirs: str) -> None:
+    """SlimpiError unless wheel and tools agree: other code or other kernels are no peers."""
+    if ours != theirs:
+        raise SlimpiError(
+            f"{what}: {PACKAGE} {wheel.version} has {ours}, the peers have {theirs}. Reinstall the package from source "
+            f"(pip install --force-reinstall --no-binary {PACKAGE}) or delete the peers so that they are rebuilt."
+        )
+
+
+def run_perplexity(tools: Path, model: Path, text: Path, n_ctx: int, n_chunks: int, threads: int) -> PerplexityOutput:
+    """llama-perplexity over the first n_chunks chunks (0 = all), at its defaults otherwise.
+
+    By default it evaluates 2048 // n_ctx chunks at once, and its own estimate moves with that: by 0.2% with 3 chunks
+    of 512 tokens (Q4_K_M), by nothing with a multiple of 4.
+    """
+    chunks = ["--chunks", str(n_chunks)] if n_chunks else []
+    argv = [str(tools / "llama-perplexity"), "-m", str(model), "-f", str(text), "-c", str(n_ctx), "-t", str(threads)]
+    done = run_tool([*argv, *chunks])
+    return parse_perplexity(done.stderr + done.stdout)
+
+
+def parse_perplexity(output: str) -> PerplexityOutput:
+    """Read llama-perplexity's output: `[1]4.0,[2]5.0,...`, `Final estimate: PPL = 5.0 +/- 0.3`, `system_info: ...`."""
+    pairs = re.findall(r"\[(\d+)\]([-\w.]+),", output)
+    final = re.search(r"Final estimate: PPL = (\S+) \+/- (\S+)", output)
+    info = re.search(r"system_info: [^|\n]*\|(.*)", output)
+    if final is None or info is None or [int(i) for i, _ in pairs] != list(range(1, len(pairs) + 1)):
+        raise SlimpiError(f"cannot read llama-perplexity's output (its end: {output[-200:]!r}). Did its format change?")
+    running = [float(value) for _, value in pairs]
+    ppl, stderr = float(final[1]), float(final[2])
+    if not running or running[-1] != ppl:
+        raise SlimpiError(
+            f"llama-perplexity's last running estimate is {running[-1:]}, its final one {ppl}. Did its format change?"
+        )
+    return PerplexityOutput(running, ppl, stderr, _features(info[1]))
+
+
+def run_bench(tools: Path, model: Path, n_prompt: int, n_gen: int, repetitions: int, threads: int) -> list[BenchRow]:
+    """llama-bench's two rows, prefill then decode; it warms up once before each by itself."""
+    argv = [str(tools / "llama-bench"), "-m", str(model), "-o", "json", "-t", str(threads), "-r", str(repetitions)]
+    return parse_bench(run_tool([*argv, "-p", str(n_prompt), "-n", str(n_gen)]).stdout)
+
+
+def parse_bench(output: str) -> list[BenchRow]:
+    """`llama-bench -p P -n N -o json`: the prefill row, then the decode row."""
+    try:
+        rows = msgspec.json.decode(output, type=list[BenchRow])
+    except (msgspec.ValidationError, msgspec.DecodeError) as error:
+        raise SlimpiError(f"cannot read llama-bench's JSON: {error}. Did its format change?") from error
+    kinds = [(row.n_prompt > 0, row.n_gen > 0) for row in rows]
+    if kinds != [(True, False), (False, True)] or not all(row.samples_ns for row in rows):
+        raise SlimpiError(f"llama-bench gave {len(rows)} rows, expected prefill and decode. Did its format change?")
+    return rows
+
+
+def _features(system_info: str) -> str:
+    """`CPU : AVX = 1 | OPENMP = 1 | ` -> `AVX OPENMP`, order kept."""
+    return " ".join(re.findall(r"(\w+) = 1\b", system_info))

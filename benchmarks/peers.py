@@ -1,0 +1,332 @@
+"""slimpi's perplexity and throughput tasks against llama.cpp's own tools: same library, same files, same threads.
+
+`python benchmarks/peers.py` writes benchmarks/results/<machine>/peers.json, prints a table, and exits 1 if a target
+is missed. Perplexity must agree within 0.5%. Throughput is taken in pairs of runs, slimpi first in one and
+llama-bench first in the next, so that drift cancels; the median of the pairs' ratios must reach 0.98.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import llama_tools
+from llama_tools import Build, Wheel
+from peer_rows import MIN_PAIRS, Conditions, Peers, PerplexityRow, SpeedRow, Tool, Verdict, verdicts_of
+
+from device.schema import (
+    Artifact,
+    Job,
+    Measurement,
+    Perplexity,
+    Provenance,
+    Report,
+    SlimpiError,
+    Task,
+    Throughput,
+    check_id,
+    describe_file,
+    encode,
+    write_atomic,
+)
+from pipeline.deploy import describe_dataset, run_job
+from pipeline.store import Places, find_artifact, load_artifact, places
+
+MODEL, VARIANTS = "smollm2-135m", ("F16", "Q8_0", "Q4_K_M")
+HOST: Provenance = "host"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A GGUF file under its variant's name, and the artifact that hands it to the agent."""
+
+    variant: str
+    path: Path
+    artifact: Artifact
+
+    @property
+    def sha256(self) -> str:
+        return next(f.sha256 for f in self.artifact.files if f.path == self.artifact.entry)
+
+
+def models_from(named: Sequence[str], where: Places) -> list[Model]:
+    """The models that `--gguf NAME=PATH` names, else the built SmolLM2 artifacts."""
+    if named:
+        return [_adopt(name) for name in named]
+    folders = [find_artifact(where.artifacts, f"{MODEL}:{variant}") for variant in VARIANTS]
+    built = [(folder, load_artifact(folder)) for folder in folders]
+    return [Model(artifact.variant, folder / artifact.entry, artifact) for folder, artifact in built]
+
+
+def _adopt(named: str) -> Model:
+    """A loose GGUF file as an artifact; the tasks run here use its entry and hash alone, so the rest stays empty."""
+    name, _, file = named.partition("=")
+    path = Path(file)
+    if not name or not path.is_file():
+        raise SlimpiError(f"--gguf {named!r} is not NAME=PATH of an existing file.")
+    described = describe_file(path.parent, path.name)
+    artifact = Artifact(
+        id=f"peers-{described.sha256[:12]}",
+        name=name,
+        model=name,
+        variant=name,
+        kind="gguf",
+        task="lm",
+        entry=path.name,
+        files=[described],
+        reference=False,
+        tokenizer_sha256="0" * 64,
+        n_weights=0,
+        n_linear_weights=0,
+        bits_per_weight=0.0,
+        bits_per_linear_weight=0.0,
+        size_bytes=described.size_bytes,
+        plan={},
+        notes=["a loose file, described for one comparison only"],
+    )
+    return Model(name, path, artifact)
+
+
+def run_slimpi(model: Model, task: Task, data_dir: Path, threads: int) -> Report:
+    """The task through the agent, in a fresh work folder: an old journal must never answer for a new run."""
+    with tempfile.TemporaryDirectory(prefix="slimpi-peers-") as work:
+        job = Job(
+            id="peers",
+            artifact=model.artifact,
+            artifact_dir=str(model.path.parent.resolve()),
+            data_dir=str(data_dir.resolve()),
+            work_dir=work,
+            tasks=[task],
+            threads=threads,
+            provenance=HOST,
+        )
+        report = run_job("local", job)
+    result = report.results[0]
+    if result.status != "ok":
+        raise SlimpiError(f"slimpi's {type(task).__name__.lower()} failed on {model.variant}: {result.error}")
+    return report
+
+
+def measurement(report: Report, metric: str) -> Measurement:
+    found = {m.metric: m for m in report.results[0].measurements}
+    if metric not in found:
+        raise SlimpiError(f"the report has no {metric}, only {sorted(found)}. Do agent and benchmark fit together?")
+    return found[metric]
+
+
+def compare_perplexity(
+    tools: Path, wheel: Wheel, model: Model, data_dir: Path, task: Perplexity, threads: int
+) -> PerplexityRow:
+    report = run_slimpi(model, task, data_dir, threads)
+    text = data_dir / task.dataset.file.path
+    theirs = llama_tools.run_perplexity(tools, model.path, text, task.n_ctx, task.n_chunks, threads)
+    llama_tools.check_same(wheel, "CPU features", wheel.features, theirs.features)
+    row = PerplexityRow(
+        variant=model.variant,
+        model_sha256=model.sha256,
+        corpus=task.dataset.name,
+        corpus_sha256=task.dataset.file.sha256,
+        n_ctx=task.n_ctx,
+        n_threads=threads,
+        slimpi_chunk_nll_nats=measurement(report, "nll").samples,
+        llama_running_ppl=theirs.running_ppl,
+        llama_ppl_stderr=theirs.ppl_stderr,
+        provenance=HOST,
+    )
+    ours, peer, error = row.slimpi_running_ppl[-1], row.llama_running_ppl[-1], row.llama_ppl_stderr
+    n_chunks = len(row.running_ratios)
+    print(
+        f"{model.variant} perplexity, {n_chunks} chunks: slimpi {ours:.4f}, llama-perplexity {peer:.4f} +/- {error:.4f}"
+    )
+    return row
+
+
+def compare_throughput(tools: Path, model: Model, task: Throughput, pairs: int, threads: int) -> list[SpeedRow]:
+    """`pairs` pairs of runs, the first place alternating; two rows (prefill, decode) a run."""
+    rows: list[SpeedRow] = []
+    order: tuple[Tool, Tool] = ("slimpi", "llama-bench")
+    for pair in range(pairs):
+        for place, tool in enumerate(order if pair % 2 == 0 else order[::-1]):
+            load, stamp = os.getloadavg()[0], _now()
+            for n_prompt, n_gen, n_batch, n_ubatch, samples_ns in RUNNERS[tool](tools, model, task, threads):
+                row = SpeedRow(
+                    tool=tool,
+                    variant=model.variant,
+                    model_sha256=model.sha256,
+                    pair=pair,
+                    order=place,
+                    n_prompt=n_prompt,
+                    n_gen=n_gen,
+                    n_batch=n_batch,
+                    n_ubatch=n_ubatch,
+                    n_threads=threads,
+                    test_time=stamp,
+                    load_1min_before=load,
+                    samples_ns=samples_ns,
+                    provenance=HOST,
+                )
+                rows.append(row)
+                ts = row.samples_ts
+                print(
+                    f"{model.variant} pair {pair + 1}/{pairs} {tool:11} {row.test:6} median {median(ts):8.2f} t/s "
+                    f"({min(ts):.2f} to {max(ts):.2f}, n {len(ts)}, load {load:.2f})",
+                    flush=True,
+                )
+    return rows
+
+
+Test = tuple[int, int, int, int, list[int]]
+"""n_prompt, n_gen, n_batch, n_ubatch, samples_ns."""
+
+
+def _run_slimpi_tests(tools: Path, model: Model, task: Throughput, threads: int) -> list[Test]:
+    report = run_slimpi(model, task, model.path.parent, threads)
+    tests: list[Test] = []
+    for metric, n_prompt, n_gen in (
+        ("prefill_tokens_per_s", task.n_prompt, 0),
+        ("decode_tokens_per_s", 0, task.n_gen),
+    ):
+        found = measurement(report, metric)
+        samples_ns = [round((n_prompt + n_gen) * 1e9 / ts) for ts in found.samples]
+        tests.append((n_prompt, n_gen, found.conditions["n_batch"], found.conditions["n_ubatch"], samples_ns))
+    return tests
+
+
+def _run_peer_tests(tools: Path, model: Model, task: Throughput, threads: int) -> list[Test]:
+    rows = llama_tools.run_bench(tools, model.path, task.n_prompt, task.n_gen, task.repetitions, threads)
+    return [(row.n_prompt, row.n_gen, row.n_batch, row.n_ubatch, row.samples_ns) for row in rows]
+
+
+RUNNERS = {"slimpi": _run_slimpi_tests, "llama-bench": _run_peer_tests}
+
+
+def conditions(machine: str, wheel: Wheel, build: Build, start: str, load_before: Sequence[float]) -> Conditions:
+    return Conditions(
+        machine=machine,
+        cpu=_cpu_model(),
+        cores=os.cpu_count() or 1,
+        kernel=platform.release(),
+        python=platform.python_version(),
+        llama_cpp_python=wheel.version,
+        wheel_commit=wheel.commit,
+        build_commit=build.commit,
+        build_number=build.number,
+        features=wheel.features,
+        start_time=start,
+        load_avg_before=list(load_before),
+        load_avg_after=list(os.getloadavg()),
+    )
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.is_file() else ""
+    found = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", text, re.MULTILINE)
+    return found[1].strip() if found else platform.machine()
+
+
+def _default_machine() -> str:
+    """CPU and core count, since host names say nothing: `amd-epyc-7763-2-cores`."""
+    return re.sub(r"[^a-z0-9]+", "-", f"{_cpu_model()} {os.cpu_count()} cores".lower()).strip("-")
+
+
+def _check_machine(name: str) -> None:
+    try:
+        check_id(name)
+    except ValueError as error:
+        raise SlimpiError(f"--machine: {error}. Use letters, digits, dots and dashes.") from error
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def print_verdicts(verdicts: Sequence[Verdict]) -> None:
+    print(f"\n{'variant':8} {'test':19} {'slimpi / peer':>13} {'lowest':>8} {'highest':>8} {'n':>4}  target")
+    for v in verdicts:
+        figures = f"{v.ratio:13.5f} {v.ratio_min:8.5f} {v.ratio_max:8.5f} {v.n:4d}"
+        print(f"{v.variant:8} {v.test:19} {figures}  {v.target}: {'ok' if v.ok else 'MISSED'}")
+
+
+def compare(options: argparse.Namespace, where: Places) -> Peers:
+    """Both comparisons over all models; perplexity first, since it also proves that both are the same build."""
+    start, load_before = _now(), os.getloadavg()
+    models = models_from(options.gguf, where)
+    dataset = describe_dataset(options.text, where)
+    wheel = llama_tools.probe_wheel()
+    tools = llama_tools.find_or_build(options.peers_dir, options.jobs)
+    build = llama_tools.probe_build(tools)
+    llama_tools.check_same(wheel, "commit", wheel.commit.removesuffix("-dirty"), build.commit)
+    scored = Perplexity(dataset=dataset, n_ctx=options.n_ctx, n_chunks=options.chunks)
+    timed = Throughput(n_prompt=options.n_prompt, n_gen=options.n_gen, repetitions=options.repetitions)
+    perplexity = [compare_perplexity(tools, wheel, model, where.datasets, scored, options.threads) for model in models]
+    throughput = [
+        row for model in models for row in compare_throughput(tools, model, timed, options.pairs, options.threads)
+    ]
+    return Peers(
+        conditions=conditions(options.machine, wheel, build, start, load_before),
+        perplexity=perplexity,
+        throughput=throughput,
+        verdicts=verdicts_of(perplexity, throughput),
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--gguf", action="append", default=[], metavar="NAME=PATH", help=f"a model; default: {MODEL} {VARIANTS}")
+    add("--text", default="wikitext2-test", help="dataset for perplexity, named as in `slimpi bench --text`")
+    add("--n-ctx", type=_at_least(8), default=512, help="tokens in a chunk (default %(default)s)")
+    add("--chunks", type=_at_least(0), default=20, help="chunks to score, 0 = all (default %(default)s)")
+    add("--pairs", type=_at_least(0), default=MIN_PAIRS, help="pairs of timed runs, 0 = none (default %(default)s)")
+    add("--n-prompt", type=_at_least(1), default=512, help="tokens of prefill (default %(default)s)")
+    add("--n-gen", type=_at_least(1), default=128, help="tokens of decode (default %(default)s)")
+    add("--repetitions", type=_at_least(1), default=5, help="repetitions in a run (default %(default)s)")
+    add("--threads", type=_at_least(1), default=1, help="inference threads of both (default %(default)s)")
+    add("--peers-dir", type=Path, default=Path(__file__).parent / "peers", help="where the tools are, or are built")
+    add("--jobs", type=_at_least(1), default=os.cpu_count() or 1, help="compiler processes (default %(default)s)")
+    add("--machine", default=_default_machine(), help="folder under the results (default %(default)s)")
+    add("--out", type=Path, help="file to write instead of benchmarks/results/<machine>/peers.json")
+    return parser
+
+
+def _at_least(minimum: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {minimum}")
+        return int(text)
+
+    return parse
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 1 if something failed or a target is missed; the results are written either way."""
+    options = _parser().parse_args(argv)
+    where = places()
+    try:
+        _check_machine(options.machine)
+        out = options.out or where.results / options.machine / "peers.json"
+        peers = compare(options, where)
+        write_atomic(out, encode(peers))
+    except SlimpiError as error:
+        print(f"peers: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("peers: interrupted, nothing was written. Run it again.", file=sys.stderr)
+        return 1
+    print_verdicts(peers.verdicts)
+    print(f"\nwritten to {out}")
+    return 0 if all(verdict.ok for verdict in peers.verdicts) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

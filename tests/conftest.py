@@ -1,0 +1,26 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of real data: $SLIMPI_DATA, else shared/data beside the repository.
+
+    Without it a test skips with a reason, except under CI=true, where it fails: a green run there must have run it.
+    """
+    named = os.environ.get("SLIMPI_DATA")
+    folder = Path(named) if named else REPO.parent / "shared" / "data"
+    if folder.is_dir():
+        return folder
+    reason = f"no data in {folder}: point SLIMPI_DATA at a folder laid out like shared/data"
+    if os.environ.get("CI") == "true":
+        pytest.fail(reason)
+    pytest.skip(reason)
