@@ -38,7 +38,7 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Base of everything on the wire: immutable, keyword-only, unknown fields rejected."""
 
 
-class File(Record, kw_only=True):
+class File(Record, frozen=True, kw_only=True):
     """A file of an artifact or job: relative POSIX path inside its folder, and its content's hash."""
 
     path: str
@@ -49,7 +49,7 @@ class File(Record, kw_only=True):
         check_relative(self.path)
 
 
-class Fallback(Record, kw_only=True):
+class Fallback(Record, frozen=True, kw_only=True):
     """A tensor that did not get the type its plan asked for; never silent."""
 
     tensor: str
@@ -58,7 +58,7 @@ class Fallback(Record, kw_only=True):
     reason: str
 
 
-class Step(Record, kw_only=True):
+class Step(Record, frozen=True, kw_only=True):
     """One step of an artifact's lineage: what was done, from what, with which settings."""
 
     action: str
@@ -66,7 +66,7 @@ class Step(Record, kw_only=True):
     settings: dict[str, Any] = {}
 
 
-class Golden(Record, kw_only=True):
+class Golden(Record, frozen=True, kw_only=True):
     """Outputs recorded on the host at build time, in an .npz (read without pickle).
 
     lm: `tokens` (n_tokens,) int32 and `logits` (n, n_vocab) float32 of the last n positions.
@@ -79,10 +79,10 @@ class Golden(Record, kw_only=True):
     runtime: str
 
 
-class Artifact(Record, kw_only=True):
+class Artifact(Record, frozen=True, kw_only=True):
     """manifest.json: what an artifact is, where it came from, and how to check it."""
 
-    schema: Literal[1] = SCHEMA_VERSION
+    schema: Literal[1] = 1
     id: str
     name: str
     model: str
@@ -118,14 +118,14 @@ class Artifact(Record, kw_only=True):
                 raise ValueError(f"`{path}` is not among the files")
 
 
-class Dataset(Record, kw_only=True):
+class Dataset(Record, frozen=True, kw_only=True):
     """A text or table a task reads; `path` is relative to the job's data folder."""
 
     name: str
     file: File
 
 
-class Perplexity(Record, kw_only=True, tag="perplexity", tag_field="task"):
+class Perplexity(Record, frozen=True, kw_only=True, tag="perplexity", tag_field="task"):
     """llama.cpp's definition: chunks of n_ctx tokens, second half scored. n_chunks 0 = all."""
 
     dataset: Dataset
@@ -133,7 +133,7 @@ class Perplexity(Record, kw_only=True, tag="perplexity", tag_field="task"):
     n_chunks: Count = 0
 
 
-class Throughput(Record, kw_only=True, tag="throughput", tag_field="task"):
+class Throughput(Record, frozen=True, kw_only=True, tag="throughput", tag_field="task"):
     """Prefill of n_prompt tokens, decode of n_gen tokens, time to first token, load time."""
 
     n_prompt: Positive = 512
@@ -142,7 +142,7 @@ class Throughput(Record, kw_only=True, tag="throughput", tag_field="task"):
     warmup: Count = 1
 
 
-class Tweets(Record, kw_only=True, tag="tweets", tag_field="task"):
+class Tweets(Record, frozen=True, kw_only=True, tag="tweets", tag_field="task"):
     """Classify every row of a CSV: quality, latency of single texts, and texts a second in batches."""
 
     dataset: Dataset
@@ -153,11 +153,11 @@ class Tweets(Record, kw_only=True, tag="tweets", tag_field="task"):
     warmup: Count = 8
 
 
-class Parity(Record, kw_only=True, tag="parity", tag_field="task"):
+class Parity(Record, frozen=True, kw_only=True, tag="parity", tag_field="task"):
     """The device's logits against the golden ones recorded when the artifact was built."""
 
 
-class RecordGolden(Record, kw_only=True, tag="record_golden", tag_field="task"):
+class RecordGolden(Record, frozen=True, kw_only=True, tag="record_golden", tag_field="task"):
     """Record golden outputs: the host runs this once at build time; writes golden.npz to the work folder."""
 
     dataset: Dataset
@@ -168,10 +168,10 @@ class RecordGolden(Record, kw_only=True, tag="record_golden", tag_field="task"):
 Task = Perplexity | Throughput | Tweets | Parity | RecordGolden
 
 
-class Job(Record, kw_only=True):
+class Job(Record, frozen=True, kw_only=True):
     """job.json: one artifact, what to run on it, and where things are on the device."""
 
-    schema: Literal[1] = SCHEMA_VERSION
+    schema: Literal[1] = 1
     id: str
     artifact: Artifact
     artifact_dir: str
@@ -186,7 +186,7 @@ class Job(Record, kw_only=True):
         check_id(self.id)
 
 
-class Measurement(Record, kw_only=True):
+class Measurement(Record, frozen=True, kw_only=True):
     """One metric's raw samples, warm-ups apart, with the conditions they hold under."""
 
     metric: str
@@ -214,7 +214,7 @@ class Measurement(Record, kw_only=True):
         return math.sqrt(math.fsum((x - centre) ** 2 for x in self.samples) / (self.n - 1) / self.n)
 
 
-class Memory(Record, kw_only=True):
+class Memory(Record, frozen=True, kw_only=True):
     """Peak memory of one task's process. Anonymous and file-backed apart: a mapped GGUF inflates RSS."""
 
     peak_rss_bytes: Count
@@ -225,7 +225,7 @@ class Memory(Record, kw_only=True):
     major_faults: Count
 
 
-class Facts(Record, kw_only=True):
+class Facts(Record, frozen=True, kw_only=True):
     """What the machine said of itself at one moment. None = the machine does not tell."""
 
     time_unix_s: float
@@ -249,7 +249,7 @@ class Facts(Record, kw_only=True):
     runtimes: dict[str, str] = {}
 
 
-class TaskResult(Record, kw_only=True):
+class TaskResult(Record, frozen=True, kw_only=True):
     """What one task gave: measurements, or the error that ended it, and what it was run in."""
 
     task: Task
@@ -264,10 +264,10 @@ class TaskResult(Record, kw_only=True):
     warnings: list[str] = []
 
 
-class Report(Record, kw_only=True):
+class Report(Record, frozen=True, kw_only=True):
     """report.json: the answer to one job."""
 
-    schema: Literal[1] = SCHEMA_VERSION
+    schema: Literal[1] = 1
     job_id: str
     artifact: Artifact
     threads: Positive
@@ -275,7 +275,7 @@ class Report(Record, kw_only=True):
     results: list[TaskResult]
 
 
-class Sample(Record, kw_only=True, tag="sample", tag_field="event"):
+class Sample(Record, frozen=True, kw_only=True, tag="sample", tag_field="event"):
     """One value as it is taken. `index` counts within (task, series); a resumed task starts at the next one."""
 
     task: Count
@@ -285,25 +285,25 @@ class Sample(Record, kw_only=True, tag="sample", tag_field="event"):
     warmup: bool = False
 
 
-class TaskStarted(Record, kw_only=True, tag="task_started", tag_field="event"):
+class TaskStarted(Record, frozen=True, kw_only=True, tag="task_started", tag_field="event"):
     task: Count
     name: str
     total: Count
     facts: Facts
 
 
-class TaskEnded(Record, kw_only=True, tag="task_ended", tag_field="event"):
+class TaskEnded(Record, frozen=True, kw_only=True, tag="task_ended", tag_field="event"):
     task: Count
     result: TaskResult
 
 
-class Note(Record, kw_only=True, tag="note", tag_field="event"):
+class Note(Record, frozen=True, kw_only=True, tag="note", tag_field="event"):
     """Something worth saying while a job runs; no measurement hangs on it."""
 
     message: str
 
 
-class Done(Record, kw_only=True, tag="done", tag_field="event"):
+class Done(Record, frozen=True, kw_only=True, tag="done", tag_field="event"):
     report: Report
 
 

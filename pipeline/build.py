@@ -135,7 +135,7 @@ def _describe(
         lineage=[*prepared.lineage, *made.lineage],
         recipe=as_dict(recipe),
         tools=tool_versions(),
-        notes=prepared.notes,
+        notes=[*prepared.notes, *made.notes],
     )
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any
+from types import FrameType
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -117,7 +119,9 @@ def _bench(
     progress = Progressor(plain)
     reports = []
     for folder in folders:
+        name = load_artifact(folder).name
         with ExitStack() as stack:
+            follower = _Follower(stack, progress, name)
             reports.append(
                 bench_artifact(
                     on,
@@ -127,11 +131,11 @@ def _bench(
                     overrides=overrides,
                     wanted=tasks,
                     again=again,
-                    on_event=_Follower(stack, progress, load_artifact(folder).name),
+                    on_event=follower,
                 )
             )
-        if all(r.resumed for r in reports[-1].results):
-            progress.say(f"  {reports[-1].artifact.name}: unchanged, replayed from its journal")
+        if not follower.started:
+            progress.say(f"  {name}: measured before, replayed from its journal")
     return reports
 
 
@@ -168,12 +172,14 @@ class _Follower:
 
     def __init__(self, stack: ExitStack, progress: Progressor, name: str) -> None:
         self.stack, self.progress, self.name = stack, progress, name
+        self.started = False
         self.done = self.total = 0
         self.tick: Tick = quiet
 
     def __call__(self, event: Event) -> None:
         match event:
             case TaskStarted():
+                self.started = True
                 self.done, self.total = 0, event.total
                 self.tick = self.stack.enter_context(self.progress.step(f"{self.name} {event.name}"))
             case Sample():
@@ -199,18 +205,32 @@ def _finish(reports: list[Report]) -> None:
         )
 
 
+class _Interrupted(BaseException):
+    """Ctrl-C or SIGTERM. Its own class, since the CLI library would turn KeyboardInterrupt into a bare "Aborted"."""
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise _Interrupted
+
+
 def main() -> None:
     """Entry point: SlimpiError and Ctrl-C become one line and exit code 1."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     try:
         app()
     except SlimpiError as error:
-        Console(stderr=True).print(f"slimpi: {error}", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("slimpi: interrupted. What was finished is kept: run the same command again to go on.", file=sys.stderr)  # noqa: T201
-        sys.exit(1)
+        _complain(str(error))
+    except _Interrupted:
+        _complain("interrupted. What was finished is kept: run the same command again to go on.")
     except BrokenPipeError:
         sys.exit(1)
+
+
+def _complain(message: str) -> NoReturn:
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console.print(f"slimpi: {' '.join(message.split())}", markup=False)
+    sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Reports -> one table and one answer: which variant to run, and what it loses.
 
 Only like is compared with like; differences are paired and carry 95% intervals; an interval that holds zero prints
-"no difference"; runs with warnings are shown, marked, and left out of the answer.
+"no difference"; a speed whose run was not valid is shown, marked, and left out of the answer. Quality does not depend
+on the clock: a busy or throttled machine spoils speed only.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from device.schema import Artifact, Measurement, Memory, Report, SlimpiError
+from device.schema import Artifact, Measurement, Memory, Report, SlimpiError, TaskResult
 
 CONFIDENCE = 0.95
+TIMED_TASKS = ("throughput", "tweets")
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,17 @@ class Row:
     memory: Memory | None
     parity_kl: Measurement | None
     parity_top1: Measurement | None
-    warnings: list[str]
-    failures: list[str]
+    warnings: dict[str, list[str]]
+    failures: dict[str, str]
 
     @property
-    def valid(self) -> bool:
-        return not self.warnings and not self.failures
+    def speed_valid(self) -> bool:
+        """The timed task ended well and nothing spoke against its run (device/checks.py)."""
+        return not any(task in self.warnings or task in self.failures for task in TIMED_TASKS)
+
+    @property
+    def quality_known(self) -> bool:
+        return self.quality is not None and (self.loss is not None or self.artifact.reference)
 
     @property
     def speed(self) -> float:
@@ -174,9 +181,13 @@ def _row(report: Report, reference: Report | None) -> Row:
         memory=max(memories, key=lambda m: m.peak_rss_bytes, default=None),
         parity_kl=found.get("kl_divergence"),
         parity_top1=found.get("top1_agreement"),
-        warnings=[f"{r.task.__struct_config__.tag}: {w}" for r in report.results for w in r.warnings],
-        failures=[f"{r.task.__struct_config__.tag}: {r.error}" for r in report.results if r.status != "ok"],
+        warnings={_task_name(r): r.warnings for r in report.results if r.warnings},
+        failures={_task_name(r): r.error for r in report.results if r.status != "ok"},
     )
+
+
+def _task_name(result: TaskResult) -> str:
+    return str(result.task.__struct_config__.tag)
 
 
 def _measurements(report: Report) -> dict[str, Measurement]:
@@ -222,15 +233,18 @@ def answer(candidates: Sequence[Row]) -> list[str]:
     """Plain sentences per model: the smallest variant without a measurable loss, and the fastest with its loss."""
     lines = []
     for model in dict.fromkeys(r.artifact.model for r in candidates):
-        usable = [r for r in candidates if r.artifact.model == model and r.valid and (r.loss or r.artifact.reference)]
-        if not usable:
-            lines.append(f"{model}: no valid run with a measured loss; no recommendation.")
-            continue
-        lossless = [r for r in usable if r.loss is None or not (r.loss.significant and _badness(r.loss) > 0)]
-        lines.append(f"{model}: " + _recommend("smallest without a measurable loss", min(lossless, key=_size)))
-        timed = [r for r in usable if not math.isnan(r.speed)]
+        group = [r for r in candidates if r.artifact.model == model]
+        known = [r for r in group if r.quality_known]
+        timed = [r for r in group if r.speed_valid and not math.isnan(r.speed)]
+        lossless = [r for r in known if r.loss is None or not (r.loss.significant and _badness(r.loss) > 0)]
+        if lossless:
+            lines.append(f"{model}: " + _recommend("smallest without a measurable loss", min(lossless, key=_size)))
+        else:
+            lines.append(f"{model}: no loss was measured against the reference, so nothing can be recommended.")
         if timed:
-            lines.append(f"{model}: " + _recommend("fastest measured", max(timed, key=lambda r: r.speed)))
+            lines.append(f"{model}: " + _recommend("fastest", max(timed, key=lambda r: r.speed)))
+        else:
+            lines.append(f"{model}: no valid speed, so which is fastest is not said.")
     return lines
 
 
@@ -256,10 +270,11 @@ def describe_loss(row: Row) -> str:
 
 
 def describe_speed(row: Row) -> str:
+    mark = "" if row.speed_valid else " (not valid)"
     if row.decode and row.prefill:
-        return f"{median(row.prefill.samples):.0f} prefill, {median(row.decode.samples):.1f} decode token/s"
+        return f"{median(row.prefill.samples):.0f} prefill, {median(row.decode.samples):.1f} decode token/s{mark}"
     if row.tweets_per_s:
-        return f"{median(row.tweets_per_s.samples):.0f} tweets/s"
+        return f"{median(row.tweets_per_s.samples):.0f} tweets/s{mark}"
     return "speed not measured"
 
 

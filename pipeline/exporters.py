@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,7 @@ from device.schema import Fallback, Kind, ModelTask, SlimpiError, Step, sha256_f
 from pipeline import calibrate, checkpoint, sources
 from pipeline.export import gguf as gguf_export
 from pipeline.export import llama_quantize, onnx
-from pipeline.formats import weights_of
+from pipeline.formats import bits_per_weight
 from pipeline.progress import Progressor
 from pipeline.recipes import Recipe
 from pipeline.store import Places, digest, stage
@@ -51,6 +52,7 @@ class Made:
     bits_per_linear_weight: float
     lineage: list[Step]
     fallbacks: list[Fallback] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,9 @@ def _prepare_gguf(context: Context) -> Prepared:
 
     def convert(folder: Path) -> None:
         with progress.step("convert to GGUF, lossless") as tick:
-            gguf_export.export_gguf(model, folder / "base.gguf", "auto", progress=tick)
+            gguf_export.export_gguf(
+                model, folder / "base.gguf", "auto", progress=lambda name, done, total: tick(done, total, name)
+            )
 
     base = stage(
         context.places.stages, f"{recipe.name}-base", ["gguf-base", context.source.sha256], convert, progress.say
@@ -80,7 +84,7 @@ def _prepare_gguf(context: Context) -> Prepared:
     if any(llama_quantize.VARIANTS[v].needs_imatrix or v in _WITH_IMPORTANCE for v in recipe.variants):
         importance, step = _importance(context, base / "base.gguf")
         lineage.append(step)
-    notes = [*context.source.notes, *model.notes]
+    notes = [f"the reference: {note}" for note in model.notes]
     return Prepared(base / "base.gguf", model.vocab.sha256(), lineage, notes, importance)
 
 
@@ -112,25 +116,34 @@ def _make_gguf(context: Context, prepared: Prepared, variant: str, folder: Path)
     importance = prepared.importance if variant in _WITH_IMPORTANCE else None
     out = folder / f"{context.recipe.name}-{variant}.gguf"
     with context.progress.step(f"quantize {variant}") as tick:
-        result = llama_quantize.quantize_gguf(prepared.base, out, variant, importance, context.threads, tick)
-    weights = weights_of(gguf_export.read_gguf_types(out))
+        # Quantizing shares no barrier between its threads, so all cores help even on a busy machine.
+        result = llama_quantize.quantize_gguf(prepared.base, out, variant, importance, os.cpu_count() or 1, tick)
+    tensors = gguf_export.read_gguf_types(out)
+    linear = [t for t in tensors if _is_block_matrix(t[0])]
     settings = {"variant": variant, "importance": importance is not None}
+    uncovered = f"importance matrix does not cover: {', '.join(result.without_importance)}"
     return Made(
         entry=out.name,
         types=result.types,
-        n_weights=weights.n_weights,
-        n_linear_weights=weights.n_linear_weights,
-        bits_per_weight=weights.bits_per_weight,
-        bits_per_linear_weight=weights.bits_per_linear_weight,
+        n_weights=sum(n_elements for _, _, n_elements, _ in tensors),
+        n_linear_weights=sum(n_elements for _, _, n_elements, _ in linear),
+        bits_per_weight=bits_per_weight(tensors),
+        bits_per_linear_weight=bits_per_weight(linear),
         lineage=[Step(action="llama_model_quantize", source="base.gguf", settings=settings)],
         fallbacks=result.fallbacks,
+        notes=[uncovered] if result.without_importance else [],
     )
+
+
+def _is_block_matrix(tensor: str) -> bool:
+    """A weight matrix inside a transformer block: what "linear layers" means in bits per weight."""
+    return tensor.startswith("blk.") and tensor.endswith(".weight") and "norm" not in tensor
 
 
 def _prepare_onnx(context: Context) -> Prepared:
     recipe, progress = context.recipe, context.progress
     labels = recipe.labels
-    notes = list(context.source.notes)
+    notes: list[str] = []
     lineage: list[Step] = []
     model_dir = context.source.path
     if recipe.head:

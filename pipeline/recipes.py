@@ -18,7 +18,7 @@ class _Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Base of every recipe table: immutable, unknown keys rejected."""
 
 
-class Calibration(_Config, kw_only=True):
+class Calibration(_Config, frozen=True, kw_only=True):
     """Text for importance matrices; n_chunks 0 = all of it."""
 
     text: str = "demo:prose_calibration.txt"
@@ -26,7 +26,7 @@ class Calibration(_Config, kw_only=True):
     n_chunks: Count = 0
 
 
-class Head(_Config, kw_only=True):
+class Head(_Config, frozen=True, kw_only=True):
     """Train a classification head on labelled rows before export."""
 
     rows: str
@@ -35,7 +35,7 @@ class Head(_Config, kw_only=True):
     seed: int = 0
 
 
-class Golden(_Config, kw_only=True):
+class Golden(_Config, frozen=True, kw_only=True):
     """How much of the model's output is recorded at build time for the parity task."""
 
     dataset: str = "demo:prose_test.txt"
@@ -43,7 +43,7 @@ class Golden(_Config, kw_only=True):
     n_tokens: Positive = 128
 
 
-class Bench(_Config, kw_only=True):
+class Bench(_Config, frozen=True, kw_only=True):
     """What the device runs. Dataset names are resolved by `sources.dataset`."""
 
     text: str = "demo:prose_test.txt"
@@ -58,7 +58,7 @@ class Bench(_Config, kw_only=True):
     limit: Count = 0
 
 
-class Recipe(_Config, kw_only=True):
+class Recipe(_Config, frozen=True, kw_only=True):
     """One model and its variants. The first variant is the reference that losses are counted against."""
 
     name: str

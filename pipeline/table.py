@@ -60,7 +60,7 @@ def _table(rows: Sequence[Row]) -> Table:
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     for model in dict.fromkeys(r.artifact.model for r in rows):
         group = [r for r in rows if r.artifact.model == model]
-        front = pareto([r for r in group if not r.failures and (r.loss or r.artifact.reference)])
+        front = pareto([r for r in group if r.quality_known])
         table.add_section()
         table.add_row(f"[bold]{model}[/bold]")
         for row in group:
@@ -70,7 +70,11 @@ def _table(rows: Sequence[Row]) -> Table:
 
 def _cells(row: Row, on_front: bool) -> list[str]:
     artifact = row.artifact
-    marks = ("*" if on_front else "") + ("" if row.valid else " !") + (" ~" if artifact.fallbacks else "")
+    marks = (
+        ("*" if on_front else "")
+        + (" !" if row.failures or row.warnings else "")
+        + (" ~" if artifact.fallbacks else "")
+    )
     return [
         artifact.variant + marks,
         f"{artifact.size_bytes / 2**20:.1f}",
@@ -87,9 +91,8 @@ def _cells(row: Row, on_front: bool) -> list[str]:
 
 
 def _conditions(rows: Sequence[Row]) -> str:
-    lines = []
-    for report in dict.fromkeys(_machine_line(r.report) for r in rows):
-        lines.append(report)
+    lines: list[str] = []
+    lines += dict.fromkeys(_machine_line(r.report) for r in rows)
     for model in dict.fromkeys(r.artifact.model for r in rows):
         first = next(r for r in rows if r.artifact.model == model)
         conditions = first.quality.conditions if first.quality else {}
@@ -108,9 +111,11 @@ def _machine_line(report: Report) -> str:
 
 def _remarks(rows: Sequence[Row]) -> list[str]:
     lines = [
-        "* no other variant is both smaller and better    ~ some tensors fell back to another type    ! not a valid run"
+        "* no other variant is both smaller and better    "
+        "~ some tensors fell back to another type    ! a run with a warning or a failure"
     ]
     for row in rows:
-        lines += [f"! {row.artifact.name}: {text}" for text in [*row.failures, *row.warnings]]
-    notes = dict.fromkeys(f"{r.artifact.model}: {note}" for r in rows for note in r.artifact.notes)
-    return [*lines, *notes, "", *answer(rows)]
+        lines += [f"! {row.artifact.name} {task} FAILED: {error}" for task, error in row.failures.items()]
+        lines += [f"! {row.artifact.name} {task}: {'; '.join(texts)}" for task, texts in row.warnings.items()]
+    lines += dict.fromkeys(f"{r.artifact.model}: {note}" for r in rows for note in r.artifact.notes)
+    return [*lines, "", *answer(rows)]

@@ -10,7 +10,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from device.schema import Artifact, Dataset, Facts, File, Measurement, Perplexity, Report, SlimpiError, TaskResult
+from device.schema import (
+    Artifact,
+    Dataset,
+    Facts,
+    File,
+    Measurement,
+    Perplexity,
+    Report,
+    SlimpiError,
+    TaskResult,
+    Throughput,
+)
 from pipeline.compare import (
     accuracy_difference,
     answer,
@@ -56,20 +67,24 @@ def report(
             metric=metric, unit=unit, samples=samples, higher_is_better=up, conditions=conditions, provenance="measured"
         )
 
-    result = TaskResult(
+    quality = TaskResult(
         task=Perplexity(dataset=Dataset(name="text", file=CORPUS)),
         status="ok",
-        measurements=[
-            measured("nll", "nats/token", nll, False, n_ctx=n_ctx, corpus_sha256=CORPUS.sha256),
-            measured("prefill_tokens_per_s", "token/s", [20.0] * 3, True, n_prompt=512),
-            measured("decode_tokens_per_s", "token/s", [decode] * 3, True, n_gen=128),
-        ],
+        measurements=[measured("nll", "nats/token", nll, False, n_ctx=n_ctx, corpus_sha256=CORPUS.sha256)],
         facts_before=facts(),
         facts_after=facts(),
         duration_s=1.0,
+    )
+    speed = msgspec.structs.replace(
+        quality,
+        task=Throughput(),
+        measurements=[
+            measured("prefill_tokens_per_s", "token/s", [20.0] * 3, True, n_prompt=512),
+            measured("decode_tokens_per_s", "token/s", [decode] * 3, True, n_gen=128),
+        ],
         warnings=list(warnings),
     )
-    return Report(job_id="j", artifact=artifact, threads=threads, provenance="measured", results=[result])
+    return Report(job_id="j", artifact=artifact, threads=threads, provenance="measured", results=[quality, speed])
 
 
 REFERENCE = [3.0, 2.9, 3.2, 3.1, 2.8, 3.05]
@@ -178,15 +193,15 @@ def test_answer_is_the_smallest_without_loss_and_skips_invalid_runs() -> None:
     reports = [report("F16", REFERENCE, 270, 5.0), report("Q6_K", SAME, 110, 9.0), report("Q2_K", WORSE, 60, 12.0)]
     text = "\n".join(answer(rows(reports)))
     assert "smallest without a measurable loss is Q6_K" in text
-    assert "fastest measured is Q2_K" in text
+    assert "fastest is Q2_K" in text
     reports[1] = report("Q6_K", SAME, 110, 99.0, warnings=("throttled",))
     text = "\n".join(answer(rows(reports)))
-    assert "Q6_K" not in text
-    assert "smallest without a measurable loss is F16" in text
+    assert "fastest is Q2_K" in text
+    assert "Q6_K (110.0 MiB, 20 prefill, 99.0 decode token/s (not valid)" in text
 
 
 def test_answer_says_so_when_nothing_is_usable() -> None:
-    assert "no recommendation" in answer(rows([report("Q4_0", WORSE)]))[0]
+    assert "nothing can be recommended" in answer(rows([report("Q4_0", WORSE)]))[0]
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), min_size=1, max_size=8))

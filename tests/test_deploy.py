@@ -32,7 +32,7 @@ def test_run_feeds_stdin_and_hands_over_lines() -> None:
 
 
 def test_unknown_host_is_refused() -> None:
-    with pytest.raises(SlimpiError, match="'pi@x'.*local"):
+    with pytest.raises(SlimpiError, match=r"'pi@x'.*local"):
         deploy.run("pi@x", ["true"], b"", lambda line: None)
 
 
@@ -51,7 +51,7 @@ def test_garbage_events_are_an_error(monkeypatch: pytest.MonkeyPatch, line: byte
 
     monkeypatch.setattr(deploy, "run", fake)
     monkeypatch.setattr(deploy, "encode", lambda job: b"")
-    with pytest.raises(SlimpiError, match="an event from local"):
+    with pytest.raises(SlimpiError, match=r"an event from local"):
         deploy.run_job("local", None)  # type: ignore[arg-type]
 
 

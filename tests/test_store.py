@@ -20,7 +20,7 @@ def test_failed_block_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_full_disk_is_one_error_and_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(SlimpiError, match="No space left.*Free some space"), whole_folder(tmp_path / "a") as folder:
+    with pytest.raises(SlimpiError, match=r"No space left.*Free some space"), whole_folder(tmp_path / "a") as folder:
         (folder / "half").write_bytes(b"x")
         raise OSError(28, os.strerror(28))
     assert list(tmp_path.iterdir()) == []
