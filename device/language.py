@@ -1,0 +1,170 @@
+"""Tasks for causal language models (GGUF, llama.cpp): perplexity and throughput."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from device.inputs import read_text
+from device.runtimes import N_BATCH, N_UBATCH, LlamaModel, Logits, Tokens, llama_api
+from device.samples import Taken, measurement
+from device.schema import Job, Measurement, Perplexity, Sample, SlimpiError, Throughput
+from device.wire import Request, Started
+
+N_LOADS = 3
+
+
+def run_perplexity(request: Request, task: Perplexity) -> Iterator[Started | Sample]:
+    """One sample a chunk, series `nll`: mean negative log-likelihood of its scored tokens, nats/token.
+
+    llama-perplexity's definition (tools/perplexity/perplexity.cpp): the text without its final newline is
+    tokenized once and cut into chunks of n_ctx; each is evaluated alone, its first token replaced by BOS if the
+    vocabulary adds one; positions n_ctx//2 ... n_ctx-2 predict the token after them.
+    """
+    job = request.job
+    with LlamaModel(Path(job.artifact_dir) / job.artifact.entry, job.threads) as model:
+        if model.add_eos:
+            raise SlimpiError(
+                f"the tokenizer of {job.artifact.id} ends every text with an end token, which perplexity "
+                "is not defined for. Set tokenizer.ggml.add_eos_token to false."
+            )
+        tokens = model.tokenize(read_text(job, task.dataset).removesuffix(b"\n"))
+        n_chunks = _count_chunks(task, len(tokens))
+        yield Started(total=n_chunks)
+        first = task.n_ctx // 2
+        model.open_context(task.n_ctx, n_outputs=min(task.n_ctx - first, N_UBATCH))
+        for i in range(request.first_missing("nll"), n_chunks):
+            chunk = tokens[i * task.n_ctx : (i + 1) * task.n_ctx].copy()
+            targets = chunk[1:].copy()
+            if model.add_bos:
+                chunk[0] = model.bos
+            pieces = [-log_probs(rows, targets[at:]) for at, rows in model.logits(chunk, first)]
+            yield request.sample("nll", i, float(np.concatenate(pieces).mean()))
+
+
+def summarize_perplexity(task: Perplexity, taken: Taken, job: Job) -> list[Measurement]:
+    """Per-chunk means, so that exp(mean) is the perplexity and stderr its relative error (delta method)."""
+    conditions = {
+        "n_ctx": task.n_ctx,
+        "n_chunks": len(taken["nll"]),
+        "n_scored_tokens_per_chunk": task.n_ctx - 1 - task.n_ctx // 2,
+        "corpus": task.dataset.name,
+        "corpus_sha256": task.dataset.file.sha256,
+        "tokenizer_sha256": job.artifact.tokenizer_sha256,
+        "definition": "llama-perplexity",
+    }
+    return [measurement(job, "nll", "nats/token", taken["nll"], False, conditions)]
+
+
+def perplexity_of(nll: Measurement) -> tuple[float, float]:
+    """Perplexity and its standard error exp(m) * s (delta method), over chunks; NaN error for one chunk."""
+    return math.exp(nll.mean), math.exp(nll.mean) * nll.stderr
+
+
+def log_probs(rows: Logits, targets: Tokens) -> NDArray[np.float64]:
+    """Log-probability each row of logits (n, n_vocab) gives its target; a last row without target is left out.
+
+    float32 exponentials summed in float64, one row at a time, as llama-perplexity's log_softmax.
+    """
+    count = min(len(rows), len(targets))
+    result = np.empty(count, dtype=np.float64)
+    for i in range(count):
+        row = rows[i]
+        top = row.max()
+        result[i] = float(row[targets[i]] - top) - math.log(np.exp(row - top).sum(dtype=np.float64))
+    return result
+
+
+def _count_chunks(task: Perplexity, n_tokens: int) -> int:
+    if n_tokens < 2 * task.n_ctx:
+        raise SlimpiError(
+            f"{task.dataset.name} has {n_tokens} tokens, perplexity at n_ctx {task.n_ctx} needs "
+            f"at least {2 * task.n_ctx}. Take a longer text or a smaller n_ctx."
+        )
+    available = n_tokens // task.n_ctx
+    if task.n_chunks > available:
+        raise SlimpiError(
+            f"{task.dataset.name} has {available} chunks of {task.n_ctx} tokens, {task.n_chunks} are asked for. "
+            "Ask for fewer, or 0 for all."
+        )
+    return task.n_chunks or available
+
+
+def run_throughput(request: Request, task: Throughput) -> Iterator[Started | Sample]:
+    """Series load_ms, prefill_ms, ttft_ms, decode_ms, one sample a repetition, warm-ups first.
+
+    Timed as llama-bench times pp and tg (tools/llama-bench/llama-bench.cpp): random tokens, an empty cache, a
+    context just large enough, logits of the last token only, llama_synchronize before the clock stops;
+    tokenization, sampling and making the batches are outside. Time to first token is the same run as prefill plus
+    reading the most likely token out of its logits. Load is llama_model_load_from_file plus a context.
+    """
+    job, total = request.job, task.warmup + task.repetitions
+    path = Path(job.artifact_dir) / job.artifact.entry
+    yield Started(total=N_LOADS + 3 * total)
+    llama_api()
+    for i in range(min(request.first_missing("load_ms"), N_LOADS - 1), N_LOADS):
+        begin_ns = time.perf_counter_ns()
+        with LlamaModel(path, job.threads) as model:
+            model.open_context(task.n_prompt)
+            yield request.sample("load_ms", i, _ms_since(begin_ns))
+            if i == N_LOADS - 1:
+                yield from _time_prefill(request, task, model)
+                yield from _time_decode(request, task, model)
+
+
+def _time_prefill(request: Request, task: Throughput, model: LlamaModel) -> Iterator[Sample]:
+    batches = model.random_batches(task.n_prompt, min(N_BATCH, task.n_prompt), seed=0)
+    for i in _repetitions(task, request.first_missing("prefill_ms", "ttft_ms", warmup=task.warmup)):
+        model.reset()
+        begin_ns = time.perf_counter_ns()
+        model.run(batches)
+        prefill_ms = _ms_since(begin_ns)
+        model.next_token()
+        ttft_ms = _ms_since(begin_ns)
+        yield request.sample("prefill_ms", i, prefill_ms, warmup=i < task.warmup)
+        yield request.sample("ttft_ms", i, ttft_ms, warmup=i < task.warmup)
+
+
+def _time_decode(request: Request, task: Throughput, model: LlamaModel) -> Iterator[Sample]:
+    model.open_context(task.n_gen)
+    batches = model.random_batches(task.n_gen, 1, seed=1)
+    for i in _repetitions(task, request.first_missing("decode_ms", warmup=task.warmup)):
+        model.reset()
+        begin_ns = time.perf_counter_ns()
+        model.run(batches)
+        yield request.sample("decode_ms", i, _ms_since(begin_ns), warmup=i < task.warmup)
+
+
+def _repetitions(task: Throughput, done: int) -> Iterator[int]:
+    """Indices still to run: a fresh process warms up again even if the journal holds its warm-ups; the worker drops
+    samples that are already there."""
+    if done < task.repetitions:
+        yield from range(task.warmup)
+        yield from range(task.warmup + done, task.warmup + task.repetitions)
+
+
+def summarize_throughput(task: Throughput, taken: Taken, job: Job) -> list[Measurement]:
+    llama = {"n_batch": N_BATCH, "n_ubatch": N_UBATCH, "flash_attention": "auto", "kv": "f16"}
+    prompt = {"threads": job.threads, "n_prompt": task.n_prompt, **llama}
+    gen = {"threads": job.threads, "n_gen": task.n_gen, **llama}
+    load = {"threads": job.threads, "page_cache": "as found, just after the file was read to check its hash"}
+
+    def per_second(count: int) -> Callable[[float], float]:
+        return lambda duration_ms: count * 1000.0 / duration_ms
+
+    prefill, decode = taken["prefill_ms"], taken["decode_ms"]
+    return [
+        measurement(job, "prefill_tokens_per_s", "token/s", prefill, True, prompt, per_second(task.n_prompt)),
+        measurement(job, "decode_tokens_per_s", "token/s", decode, True, gen, per_second(task.n_gen)),
+        measurement(job, "ttft_ms", "ms", taken["ttft_ms"], False, prompt),
+        measurement(job, "load_ms", "ms", taken["load_ms"], False, load),
+    ]
+
+
+def _ms_since(begin_ns: int) -> float:
+    return (time.perf_counter_ns() - begin_ns) / 1e6

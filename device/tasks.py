@@ -1,0 +1,75 @@
+"""TASKS: what each task type needs, how it is run, how its samples become measurements. One line a task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from device import language, parity, tweets
+from device.samples import Taken
+from device.schema import (
+    Artifact,
+    Job,
+    Measurement,
+    Parity,
+    Perplexity,
+    RecordGolden,
+    Sample,
+    SlimpiError,
+    Task,
+    Throughput,
+    Tweets,
+)
+from device.wire import Request, Started
+
+LM, CLASSIFIER = ("gguf", "lm"), ("onnx", "classifier")
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """One task type.
+
+    `needs`: the (kind, task) pairs of artifacts it can run on.
+    `run(request, task)`: yields Started once, then every sample that the journal lacks, in order within its series;
+    what a sample times ends before it is yielded. Run in the worker.
+    `summarize(task, samples by series, job)`: pure; needs no model. Run in the agent.
+    """
+
+    needs: tuple[tuple[str, str], ...]
+    run: Callable[[Request, Any], Iterator[Started | Sample]]
+    summarize: Callable[[Any, Taken, Job], list[Measurement]]
+
+
+TASKS: Mapping[type[Task], TaskSpec] = MappingProxyType(
+    {
+        Perplexity: TaskSpec((LM,), language.run_perplexity, language.summarize_perplexity),
+        Throughput: TaskSpec((LM,), language.run_throughput, language.summarize_throughput),
+        Tweets: TaskSpec((CLASSIFIER,), tweets.run_tweets, tweets.summarize_tweets),
+        Parity: TaskSpec((LM, CLASSIFIER), parity.run_parity, parity.summarize_parity),
+        RecordGolden: TaskSpec((LM, CLASSIFIER), parity.run_record_golden, parity.summarize_record_golden),
+    }
+)
+
+
+def task_name(task: Task) -> str:
+    return str(task.__struct_config__.tag)
+
+
+def check_fit(task: Task, artifact: Artifact) -> None:
+    """SlimpiError if the task cannot run on this artifact, before anything runs."""
+    have = (artifact.kind, artifact.task)
+    needs = TASKS[type(task)].needs
+    if have not in needs:
+        wanted = " or ".join(f"{kind} {what}" for kind, what in needs)
+        raise SlimpiError(
+            f"task {task_name(task)} needs a {wanted}, {artifact.id} is a {artifact.kind} {artifact.task}. "
+            "Leave the task out or choose another artifact."
+        )
+    if isinstance(task, Parity) and artifact.golden is None:
+        raise SlimpiError(f"task parity needs golden outputs, {artifact.id} has none. Leave it out or build again.")
+    if have == CLASSIFIER and artifact.max_tokens < 1:
+        raise SlimpiError(f"{artifact.id} has max_tokens {artifact.max_tokens}, texts are cut there. Build it again.")
+    if have == CLASSIFIER and "tokenizer.json" not in {file.path for file in artifact.files}:
+        raise SlimpiError(f"{artifact.id} has no tokenizer.json among its files. Build it again.")

@@ -1,0 +1,72 @@
+"""`python -m device.worker`: one task in one fresh process, so that its memory is that task's memory.
+
+Reads a wire.Request on stdin to its end, writes wire.Message lines on stdout; whatever the runtimes print goes to
+stderr. Exit code 0, or 1 after a Failed message.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from collections import Counter
+from typing import BinaryIO
+
+from device.memory import MemoryWatch
+from device.schema import Memory, SlimpiError, decode, encode_line
+from device.tasks import TASKS
+from device.wire import Failed, Finished, Message, Request, Started
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def main() -> int:
+    _die_with_parent()
+    out = _claim_stdout()
+    try:
+        request = decode(sys.stdin.buffer.read(), Request, "the agent's request")
+        if os.getppid() != request.agent_pid:  # the agent died before _die_with_parent
+            return 1
+        _send(out, Finished(memory=_run(request, out)))
+    except SlimpiError as error:
+        _send(out, Failed(message=str(error)))
+        return 1
+    return 0
+
+
+def _run(request: Request, out: BinaryIO) -> Memory:
+    watch = MemoryWatch()
+    seen: Counter[str] = Counter()
+    total = 0
+    for message in TASKS[type(request.task)].run(request, request.task):
+        if isinstance(message, Started):
+            total = message.total
+            _send(out, message)
+            continue
+        if message.index >= request.done.get(message.series, 0):
+            _send(out, message)
+        seen[message.series] += 1
+        watch.look(force=seen.total() == 1 or seen.total() == total)
+    return watch.result()
+
+
+def _send(out: BinaryIO, message: Message) -> None:
+    out.write(encode_line(message))
+    out.flush()
+
+
+def _claim_stdout() -> BinaryIO:
+    """Keep stdout for messages: a stray printf of a C library must not break the stream."""
+    own = os.dup(1)
+    os.dup2(2, 1)
+    return os.fdopen(own, "wb")
+
+
+def _die_with_parent() -> None:
+    """The kernel kills this process when the agent dies, however it dies (prctl(2), PR_SET_PDEATHSIG)."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

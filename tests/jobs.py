@@ -1,0 +1,74 @@
+"""Jobs on the tiny models, and the ways tests run them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from fakes import TEXT, World, artifact
+
+from device import agent
+from device.schema import (
+    Event,
+    Golden,
+    Job,
+    Parity,
+    Perplexity,
+    RecordGolden,
+    Report,
+    Throughput,
+    Tweets,
+    encode,
+)
+
+REPO = Path(__file__).resolve().parent.parent
+
+
+def run(job: Job) -> tuple[Report, list[Event]]:
+    events: list[Event] = []
+    return agent.run(job, events.append), events
+
+
+def long_perplexity(world: World) -> Perplexity:
+    """Thousands of chunks of a few hundred microseconds: long enough to be hit in the middle."""
+    (world.root / "data" / "long.txt").write_text(TEXT * 150, encoding="utf-8")
+    return Perplexity(dataset=world.dataset("long.txt"), n_ctx=8)
+
+
+def golden_job(world: World, kind: str) -> Job:
+    """A job whose artifact carries golden outputs, recorded by a first run of the agent."""
+    dataset = world.dataset("text.txt" if kind == "gguf" else "tweets.csv")
+    record = RecordGolden(dataset=dataset, n=5, n_tokens=24)
+    recorded = world.job(kind, [record], work_dir=str(world.root / "recording"))
+    report, _ = run(recorded)
+    assert report.results[0].status == "ok", report.results[0].error
+    folder = Path(recorded.artifact_dir)
+    (folder / "golden.npz").write_bytes((world.root / "recording" / "golden.npz").read_bytes())
+    golden = Golden(file="golden.npz", n=5, machine="x86_64", runtime="test")
+    return world.job(kind, [Parity()], artifact=artifact(folder, kind, golden=golden))
+
+
+FAKES: dict[type, list[Callable[[World], Job]]] = {
+    Perplexity: [lambda w: w.job("gguf", [Perplexity(dataset=w.dataset("text.txt"), n_ctx=32, n_chunks=3)])],
+    Throughput: [lambda w: w.job("gguf", [Throughput(n_prompt=16, n_gen=8, repetitions=3)])],
+    Tweets: [lambda w: w.job("onnx", [Tweets(dataset=w.dataset("tweets.csv"), batch_size=2)])],
+    Parity: [lambda w: golden_job(w, "gguf"), lambda w: golden_job(w, "onnx")],
+    RecordGolden: [
+        lambda w: w.job("gguf", [RecordGolden(dataset=w.dataset("text.txt"), n=4, n_tokens=16)]),
+        lambda w: w.job("onnx", [RecordGolden(dataset=w.dataset("tweets.csv"), n=3)]),
+    ],
+}
+
+
+def start_agent(job: Job, *arguments: str) -> subprocess.Popen[bytes]:
+    path = Path(job.work_dir).with_suffix(".job.json")
+    path.write_bytes(encode(job))
+    return subprocess.Popen(
+        [sys.executable, "-m", "device", *(arguments or (str(path),))],
+        cwd=REPO,
+        stdin=path.open("rb"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
