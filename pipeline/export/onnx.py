@@ -1,0 +1,347 @@
+"""Encoders as ONNX: exported in fp32 with optimum, then rewritten to dynamic INT8.
+
+INT8 here is ONNX's dynamic scheme: DynamicQuantizeLinear on the activations (uint8, one scale a tensor),
+MatMulInteger with uint8 weights (one scale and zero point a column), embeddings in uint8 (a scale and zero
+point a row). Weights are uint8 and not int8 because u8 x s8 products saturate on x86 without VNNI, which
+would make the host's accuracy another than the device's. LayerNorm, softmax, GELU and biases stay fp32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from device.schema import SlimpiError, write_atomic
+from pipeline.encoders import Encoder, load_encoder, quiet_transformers
+
+Float32 = npt.NDArray[np.float32]
+UInt8 = npt.NDArray[np.uint8]
+
+OPSET = 18
+MAX_PROTOBUF_BYTES = 2**31 - 2**20
+EXPORT_TOLERANCE = 1e-3
+_SCALE, _ZERO_POINT = ".scale", ".zero_point"
+
+
+@dataclass(frozen=True)
+class OnnxSummary:
+    """What a file holds, read from it: {weight: type}, parameters, and bits a parameter with all overheads."""
+
+    types: dict[str, str]
+    n_weights: int
+    n_linear_weights: int
+    bits_per_weight: float
+    bits_per_linear_weight: float
+
+
+def export_encoder(model_dir: Path, out_dir: Path, labels: list[str], max_tokens: int) -> Path:
+    """Write out_dir/model.onnx (fp32, batch and sequence axes dynamic) and out_dir/tokenizer.json.
+
+    Inputs are those of the model among input_ids, attention_mask and token_type_ids, int64 (batch, sequence);
+    the output is logits, float32 (batch, n_labels). The tokenizer neither pads nor truncates. The file is run
+    and compared with the model. Raises SlimpiError for what `load_encoder` refuses, a head that is not in the
+    checkpoint, an architecture optimum cannot export, or an export that computes something else.
+    """
+    encoder = load_encoder(model_dir, labels, max_tokens)
+    if encoder.fresh:
+        raise SlimpiError(
+            f"{model_dir} has no trained head for {len(labels)} labels: {', '.join(encoder.fresh)} would be random. "
+            "Train one (recipe table [head]) or name the labels it was trained for."
+        )
+    n_bytes = sum(p.numel() for p in encoder.model.parameters()) * 4
+    if n_bytes > MAX_PROTOBUF_BYTES:
+        raise SlimpiError(f"{model_dir} has {n_bytes} bytes of fp32 weights; an ONNX file holds less than 2 GiB.")
+    out_dir.mkdir(parents=True, exist_ok=True)
+    model = _exported(encoder)
+    _name_weights(model, encoder.model.state_dict())
+    data = model.SerializeToString()
+    _compare(data, encoder, max_tokens)
+    write_atomic(out_dir / "tokenizer.json", _bare_tokenizer(encoder.tokenizer))
+    write_atomic(out_dir / "model.onnx", data)
+    return out_dir / "model.onnx"
+
+
+def make_variant(base: Path, out_dir: Path, variant: str) -> OnnxSummary:
+    """Write `variant` of the fp32 file `base` to out_dir/model.onnx, with the tokenizer.json beside `base`."""
+    make = ONNX_VARIANTS.get(variant)
+    if make is None:
+        raise SlimpiError(f"unknown ONNX variant {variant!r}. Known: {', '.join(ONNX_VARIANTS)}.")
+    tokenizer = base.with_name("tokenizer.json")
+    if not tokenizer.is_file():
+        raise SlimpiError(f"{tokenizer} is missing. Export the encoder again.")
+    out_dir.mkdir(parents=True, exist_ok=True)
+    write_atomic(out_dir / "tokenizer.json", tokenizer.read_bytes())
+    make(base, out_dir / "model.onnx")
+    return describe_onnx(out_dir / "model.onnx")
+
+
+def copy_fp32(fp32: Path, out: Path) -> Path:
+    write_atomic(out, _load(fp32).SerializeToString())
+    return out
+
+
+def quantize_dynamic(fp32: Path, out: Path) -> Path:
+    """Rewrite every MatMul, Gemm and Gather with a constant fp32 matrix to its dynamic INT8 form (module docstring).
+
+    Raises SlimpiError if nothing can be rewritten, the file is quantized already, or a weight is used in two ways.
+    """
+    model = _load(fp32)
+    if any(node.op_type == "MatMulInteger" for node in model.graph.node):
+        raise SlimpiError(f"{fp32} is quantized already. Start from the FP32 export.")
+    rewriter = _Rewriter(model.graph)
+    rewriter.run()
+    if not rewriter.rewritten:
+        raise SlimpiError(f"{fp32} has no constant fp32 matrices to quantize. Start from the FP32 export.")
+    onnx.checker.check_model(model)
+    write_atomic(out, model.SerializeToString())
+    return out
+
+
+ONNX_VARIANTS: dict[str, Callable[[Path, Path], Path]] = {
+    "FP32": copy_fp32,
+    "INT8-dynamic": quantize_dynamic,
+}
+
+
+def describe_onnx(path: Path) -> OnnxSummary:
+    """Types and sizes of the weights in `path`.
+
+    A weight is an fp32 initializer of rank >= 1 or an 8-bit one; index tensors and scalars of the graph are not.
+    Its scales and zero points count as its bits. Linear weights are the right operands of matrix products.
+    """
+    graph = _load(path).graph
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    linear = {n.input[1] for n in graph.node if n.op_type in ("MatMul", "Gemm", "MatMulInteger")}
+    types: dict[str, str] = {}
+    n_weights = n_linear = bits = linear_bits = 0
+    for name, tensor in tensors.items():
+        kind = _TYPE_NAMES.get(tensor.data_type)
+        if kind is None or not tensor.dims or _is_overhead(name, tensors):
+            continue
+        own_bits = _bits(tensor) + sum(_bits(tensors[name + s]) for s in (_SCALE, _ZERO_POINT) if name + s in tensors)
+        count = int(np.prod(tensor.dims))
+        types[name] = kind
+        n_weights, bits = n_weights + count, bits + own_bits
+        if name in linear:
+            n_linear, linear_bits = n_linear + count, linear_bits + own_bits
+    if not n_linear:
+        raise SlimpiError(f"{path} has no linear weights. Name an exported encoder.")
+    return OnnxSummary(types, n_weights, n_linear, bits / n_weights, linear_bits / n_linear)
+
+
+_TYPE_NAMES = {TensorProto.FLOAT: "FP32", TensorProto.UINT8: "U8", TensorProto.INT8: "S8"}
+
+
+def _is_overhead(name: str, tensors: dict[str, TensorProto]) -> bool:
+    return any(name.endswith(s) and name.removesuffix(s) in tensors for s in (_SCALE, _ZERO_POINT))
+
+
+def _bits(tensor: TensorProto) -> int:
+    return int(np.prod(tensor.dims)) * numpy_helper.to_array(tensor).dtype.itemsize * 8
+
+
+def _load(path: Path) -> onnx.ModelProto:
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except (OSError, DecodeError) as error:
+        raise SlimpiError(f"{path} is not an ONNX file ({error}). Export the encoder again.") from error
+    if not model.graph.node:
+        raise SlimpiError(f"{path} is not an ONNX file: it has no graph. Export the encoder again.")
+    if any(tensor.external_data for tensor in model.graph.initializer):
+        raise SlimpiError(f"{path} keeps weights in other files. Save it as one file.")
+    return model
+
+
+# Export.
+
+
+def _exported(encoder: Encoder) -> onnx.ModelProto:
+    from optimum.exporters.onnx import onnx_export_from_model
+
+    with tempfile.TemporaryDirectory(prefix="slimpi-onnx-") as scratch, _to_stderr(), quiet_transformers():
+        encoder.model.config._name_or_path = scratch  # optimum copies what it finds at that path; there is nothing
+        try:
+            onnx_export_from_model(
+                encoder.model, Path(scratch), task="text-classification", opset=OPSET, do_validation=False
+            )
+        except (ValueError, KeyError, NotImplementedError) as error:
+            kind = encoder.model.config.model_type
+            raise SlimpiError(f"optimum cannot export a {kind} classifier: {error}. Use another encoder.") from error
+        return onnx.load(Path(scratch) / "model.onnx")
+
+
+@contextlib.contextmanager
+def _to_stderr() -> Any:
+    """Exporters print and warn of things that `_compare` checks; stdout is for results."""
+    with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _name_weights(model: onnx.ModelProto, parameters: dict[str, Any]) -> None:
+    """Give transposed weights, which exporters number (`onnx::MatMul_746`), their parameter's name back."""
+    names = {p.numpy().T.tobytes(): name for name, p in parameters.items() if p.ndim == 2}
+    renamed = {}
+    for tensor in model.graph.initializer:
+        if tensor.name not in parameters and len(tensor.dims) == 2 and tensor.data_type == TensorProto.FLOAT:
+            name = names.pop(numpy_helper.to_array(tensor).tobytes(), None)
+            if name:
+                renamed[tensor.name] = tensor.name = name
+    for node in model.graph.node:
+        for index, name in enumerate(node.input):
+            node.input[index] = renamed.get(name, name)
+
+
+def _compare(data: bytes, encoder: Encoder, max_tokens: int) -> None:
+    """Run the export on random tokens, one text alone and a padded batch, against the model."""
+    import onnxruntime
+    import torch
+
+    session = onnxruntime.InferenceSession(data, _one_thread(), providers=["CPUExecutionProvider"])
+    names = [entry.name for entry in session.get_inputs()]
+    rng = np.random.default_rng(0)
+    for batch, length in ((1, max_tokens), (3, max(3, max_tokens // 2))):
+        mask = (np.arange(length) < np.linspace(length, 2, batch)[:, None]).astype(np.int64)
+        ids = rng.integers(0, encoder.model.config.vocab_size, (batch, length))
+        feed = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
+        feed = {name: feed[name] for name in names}
+        with torch.inference_mode():
+            expected = encoder.model(**{name: torch.from_numpy(value) for name, value in feed.items()}).logits.numpy()
+        worst = float(np.abs(session.run(["logits"], feed)[0] - expected).max())
+        if not worst <= EXPORT_TOLERANCE * max(1.0, float(np.abs(expected).max())):
+            kind = encoder.model.config.model_type
+            raise SlimpiError(f"the ONNX export of this {kind} is off by {worst:.3g}. Use another encoder.")
+
+
+def _one_thread() -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    return options
+
+
+def _bare_tokenizer(tokenizer: Any) -> bytes:
+    """tokenizer.json without padding or truncation: the device cuts at max_tokens and pads to its batch."""
+    import tokenizers
+
+    bare = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    bare.no_padding()
+    bare.no_truncation()
+    return str(bare.to_str(pretty=True)).encode()
+
+
+# Dynamic INT8.
+
+
+def quantize_u8(weight: Float32, axis: int) -> tuple[UInt8, Float32, UInt8]:
+    """Codes, scales and zero points, one pair a slice along `axis`: weight ~ (codes - zero_point) * scale.
+
+    Affine rounding to nearest over [min(w, 0), max(w, 0)], so that zero is exact (Jacob et al. 2018, eq. 1).
+    """
+    low = np.minimum(weight.min(axis=1 - axis, keepdims=True), 0).astype(np.float64)
+    high = np.maximum(weight.max(axis=1 - axis, keepdims=True), 0).astype(np.float64)
+    scale = ((high - low) / 255).astype(np.float32)
+    scale[scale == 0] = 1.0
+    zero_point = np.rint(-low / scale).clip(0, 255)
+    codes = (np.rint(weight / scale) + zero_point).clip(0, 255)
+    return codes.astype(np.uint8), scale, zero_point.astype(np.uint8)
+
+
+_PLAIN_GEMM = {"alpha": 1.0, "beta": 1.0, "transA": 0}
+
+
+def _axis(node: onnx.NodeProto) -> int:
+    return next((a.i for a in node.attribute if a.name == "axis"), 0)
+
+
+class _Rewriter:
+    """Replaces a graph's products and lookups by their INT8 forms, each weight quantized once."""
+
+    def __init__(self, graph: onnx.GraphProto) -> None:
+        self.graph = graph
+        self.weights = {
+            t.name: t for t in graph.initializer if len(t.dims) == 2 and t.data_type == TensorProto.FLOAT
+        }
+        self.nodes: list[onnx.NodeProto] = []
+        self.rewritten: dict[str, str] = {}
+        self.activations: set[str] = set()
+
+    def run(self) -> None:
+        kept: list[onnx.NodeProto] = []
+        for node in self.graph.node:
+            if node.op_type in ("MatMul", "Gemm") and node.input[1] in self.weights:
+                self.product(node)
+            elif node.op_type == "Gather" and node.input[0] in self.weights and _axis(node) == 0:
+                self.lookup(node)
+            else:
+                self.nodes.append(node)
+                kept.append(node)
+        for node in kept:
+            if used := self.rewritten.keys() & set(node.input):
+                raise SlimpiError(f"{node.op_type} `{node.name}` needs {sorted(used)} in fp32. Use another encoder.")
+        del self.graph.node[:]
+        self.graph.node.extend(self.nodes)
+
+    def product(self, node: onnx.NodeProto) -> None:
+        """y = (x_codes @ w_codes, zero points taken off, in int32) * (x_scale * w_scale) + bias."""
+        settings = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        transposed = bool(settings.pop("transB", 0))
+        if any(value != _PLAIN_GEMM.get(name) for name, value in settings.items()):
+            raise SlimpiError(f"Gemm `{node.name}` with {settings} has no INT8 form here. Use another encoder.")
+        x, weight, y = node.input[0], node.input[1], node.output[0]
+        self.quantize(weight, "product", axis=1, transposed=transposed)
+        if x not in self.activations:
+            self.activations.add(x)
+            self.add("DynamicQuantizeLinear", [x], f"{x}.codes", f"{x}{_SCALE}", f"{x}{_ZERO_POINT}")
+        self.add("MatMulInteger", [f"{x}.codes", weight, f"{x}{_ZERO_POINT}", f"{weight}{_ZERO_POINT}"], f"{y}.int32")
+        self.add("Cast", [f"{y}.int32"], f"{y}.float", to=TensorProto.FLOAT)
+        self.add("Mul", [f"{x}{_SCALE}", f"{weight}{_SCALE}"], f"{y}{_SCALE}")
+        biased = len(node.input) > 2
+        self.add("Mul", [f"{y}.float", f"{y}{_SCALE}"], f"{y}.product" if biased else y)
+        if biased:
+            self.add("Add", [f"{y}.product", node.input[2]], y)
+
+    def lookup(self, node: onnx.NodeProto) -> None:
+        """Rows of codes, zero points and scales, dequantized after the lookup: the table stays uint8 in memory."""
+        weight, ids, y = node.input[0], node.input[1], node.output[0]
+        self.quantize(weight, "lookup", axis=0, transposed=False)
+        for suffix in ("", _ZERO_POINT, _SCALE):
+            self.add("Gather", [f"{weight}{suffix}", ids], f"{y}.rows{suffix}", axis=0)
+        for suffix in ("", _ZERO_POINT):
+            self.add("Cast", [f"{y}.rows{suffix}"], f"{y}.float{suffix}", to=TensorProto.FLOAT)
+        self.add("Sub", [f"{y}.float", f"{y}.float{_ZERO_POINT}"], f"{y}.centred")
+        self.add("Mul", [f"{y}.centred", f"{y}.rows{_SCALE}"], y)
+
+    def quantize(self, name: str, role: str, axis: int, transposed: bool) -> None:
+        """Replace the weight by its codes, scales and zero points; a second use must be the same."""
+        use = f"{role} transposed={transposed}"
+        if self.rewritten.setdefault(name, use) != use:
+            raise SlimpiError(f"`{name}` is used both as {use} and {self.rewritten[name]}. Use another encoder.")
+        tensor = self.weights[name]
+        if tensor.data_type != TensorProto.FLOAT:
+            return
+        weight = numpy_helper.to_array(tensor)
+        codes, scale, zero_point = quantize_u8(weight.T if transposed else weight, axis)
+        if axis == 1:  # MatMulInteger wants one value a column, a lookup one row a row
+            scale, zero_point = scale[0], zero_point[0]
+        tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(codes), name))
+        self.graph.initializer.append(numpy_helper.from_array(scale, f"{name}{_SCALE}"))
+        self.graph.initializer.append(numpy_helper.from_array(zero_point, f"{name}{_ZERO_POINT}"))
+
+    def add(self, kind: str, inputs: list[str], *outputs: str, **settings: int) -> None:
+        self.nodes.append(helper.make_node(kind, inputs, outputs, name=f"{outputs[0]}/{kind}", **settings))
