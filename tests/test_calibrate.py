@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +74,7 @@ def test_mean_squares_equal_the_twins(tmp_path: Path, tiny: Path, add_bos: bool)
 
 
 def test_all_chunks_by_default_and_the_same_bytes_twice(tmp_path: Path, tiny: Path) -> None:
-    files = [
-        collect_importance(tiny / "tiny.gguf", tiny / "text.txt", tmp_path / f"{i}.npz", N_CTX) for i in range(2)
-    ]
+    files = [collect_importance(tiny / "tiny.gguf", tiny / "text.txt", tmp_path / f"{i}.npz", N_CTX) for i in range(2)]
     tokens = llama_tokens(tiny / "tiny.gguf", [(tiny / "text.txt").read_text()], tmp_path, add_special=True)[0]
     assert load_importance(files[0]).n_chunks == len(tokens) // N_CTX > 5
     assert files[0].read_bytes() == files[1].read_bytes()
@@ -154,13 +151,9 @@ def test_damaged_matrices_are_refused(tmp_path: Path, tiny: Path, change: str) -
 
 @pytest.mark.slow
 def test_equals_llama_imatrix_on_a_real_model(tmp_path: Path) -> None:
-    smollm2_f32 = real_exports.smollm2_f32()
-    reference = tmp_path / "reference.gguf"
-    binary = real_exports.peer("llama-imatrix")
-    argv = [binary, "-m", smollm2_f32, "-f", PROSE, "-o", reference, "-c", 512, "--chunks", 3, "-t", 1, "--no-ppl"]
-    subprocess.run([str(arg) for arg in argv], check=True, capture_output=True)
-    ours = load_importance(collect_importance(smollm2_f32, PROSE, tmp_path / "i.npz", 512, 3))
-    theirs = load_importance(reference)
+    """On two chunks: of three, llama-imatrix's batches leave rests too short for it, and it counts 1530 tokens."""
+    theirs = load_importance(real_exports.smollm2_imatrix(PROSE))
+    ours = load_importance(collect_importance(real_exports.smollm2_f32(), PROSE, tmp_path / "i.npz", 512, 2))
     assert ours.mean_x2.keys() == theirs.mean_x2.keys()
     assert len(ours.mean_x2) == 210
     assert (ours.n_tokens, ours.n_ctx, ours.text) == (theirs.n_tokens, theirs.n_ctx, theirs.text)

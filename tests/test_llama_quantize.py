@@ -181,9 +181,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     if base == "q8.gguf":
         quantize_gguf(models / "narrow.gguf", models / base, "Q8_0", None, 1, None)
     with pytest.raises(SlimpiError, match=message) as caught:
-        quantize_gguf(
-            models / base, tmp_path / "q.gguf", variant, models / imatrix if imatrix else None, 1, None
-        )
+        quantize_gguf(models / base, tmp_path / "q.gguf", variant, models / imatrix if imatrix else None, 1, None)
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 

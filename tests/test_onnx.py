@@ -161,7 +161,8 @@ def test_int8_products_are_exact_integers(exported: Path) -> None:
         w = weight.astype(np.int64) - weights[node.input[3]].astype(np.int64)
         assert np.array_equal(got[node.output[0]], x @ w), node.name
     assert len(products) == sum(
-        1 for n in onnx.load(exported / "model.onnx").graph.node
+        1
+        for n in onnx.load(exported / "model.onnx").graph.node
         if n.op_type in ("MatMul", "Gemm") and n.input[1] in describe_onnx(exported / "model.onnx").types
     )
 

@@ -104,9 +104,7 @@ def test_a_package_must_be_pinned(index: Path, tmp_path: Path) -> None:
         fetch("pypi:pkg==1.0/pkg/a", "", tmp_path / "cache")
 
 
-def test_cache_is_reused_only_while_its_hash_fits(
-    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cache_is_reused_only_while_its_hash_fits(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_wheel(index, "pkg", {"pkg/a": b"real"})
     spec, cache = "pypi:pkg==1.0/pkg/a", tmp_path / "cache"
     path = fetch(spec, sha(b"real"), cache).path

@@ -169,9 +169,7 @@ def _header(checkpoint: Checkpoint, outputs: dict[str, _Output]) -> gguf.GGUFWri
     return writer
 
 
-def _write_tensors(
-    handle: BinaryIO, outputs: dict[str, _Output], total: int, progress: Progress | None
-) -> None:
+def _write_tensors(handle: BinaryIO, outputs: dict[str, _Output], total: int, progress: Progress | None) -> None:
     done = 0
     for name, output in outputs.items():
         handle.write(b"\0" * (-handle.tell() % gguf.GGUF_DEFAULT_ALIGNMENT))

@@ -173,9 +173,7 @@ def _fallback(tensor: str, asked: str, got: str, columns: int, block: int) -> Fa
     return Fallback(tensor=tensor, asked=asked, got=got, reason=f"{columns} columns are not divisible by {block}")
 
 
-def _run(
-    request: dict[str, Any], base: Path, variant: str, progress: Callable[[int, int, str], None] | None
-) -> _Log:
+def _run(request: dict[str, Any], base: Path, variant: str, progress: Callable[[int, int, str], None] | None) -> _Log:
     """The log of the real run. The dry run before it tells the size; a disk too small ends the child there."""
     planned, log = _Log(), _Log()
     dry = True

@@ -274,9 +274,7 @@ class _Rewriter:
 
     def __init__(self, graph: onnx.GraphProto) -> None:
         self.graph = graph
-        self.weights = {
-            t.name: t for t in graph.initializer if len(t.dims) == 2 and t.data_type == TensorProto.FLOAT
-        }
+        self.weights = {t.name: t for t in graph.initializer if len(t.dims) == 2 and t.data_type == TensorProto.FLOAT}
         self.nodes: list[onnx.NodeProto] = []
         self.rewritten: dict[str, str] = {}
         self.activations: set[str] = set()

@@ -99,9 +99,7 @@ def read_rows(path: Path, text_column: str, label_column: str, n_labels: int) ->
     return [text for text, _ in rows], np.array([int(label) for _, label in rows])
 
 
-def extract_features(
-    encoder: Encoder, texts: list[str], max_tokens: int, progress: Tick | None = None
-) -> FloatArray:
+def extract_features(encoder: Encoder, texts: list[str], max_tokens: int, progress: Tick | None = None) -> FloatArray:
     """(n_texts, n_features): the input of the model's last Linear for each text."""
     seen: list[torch.Tensor] = []
     hook = head_linear(encoder.model).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
