@@ -28,7 +28,6 @@ def slimpi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     home = tmp_path / "home"
     monkeypatch.setenv("SLIMPI_HOME", str(home))
     monkeypatch.delenv("SLIMPI_DATA", raising=False)
-    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
 
     def run(*arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", ["slimpi", *arguments])
@@ -42,9 +41,7 @@ def slimpi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
         assert list(home.rglob("*.partial")) == []
         return lines[-1]
 
-    yield run  # type: ignore[misc]
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return run
 
 
 @pytest.fixture(scope="module")
