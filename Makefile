@@ -28,7 +28,7 @@ test: install   ## the fast tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2
 
 test-slow: install  ## the slow rest: real models
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2
 
 lint: install   ## ruff and mypy
 	$(BIN)/ruff check .
