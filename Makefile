@@ -9,7 +9,15 @@ export TOKENIZERS_PARALLELISM := false
 
 DEMO_RECIPES := models/smollm2-135m.toml models/minilm-l6-tweets.toml
 
-.PHONY: demo install test test-slow lint bench-peers clean help
+# The device and what it gets: `make deploy-pi PI=pi@raspberrypi.local`, PI="pi@a pi@b", PI=emulated.
+PI ?=
+RECIPES ?= $(DEMO_RECIPES)
+PI_VARIANTS ?= Q8_0 Q4_K_M Q4_0 INT8-dynamic
+# Under emulation everything takes 30 to 300 times as long: enough work to show that it is right.
+EMULATED_SIZES := --n-ctx 64 --n-chunks 2 --n-prompt 16 --n-gen 4 --repetitions 3 --limit 16
+DEPLOY_SIZES ?= $(if $(filter emulated,$(PI)),$(EMULATED_SIZES))
+
+.PHONY: demo install test test-slow lint bench-peers peers fault-drill deploy-pi pi-emulator clean help
 
 help:           ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/ /'
@@ -35,9 +43,23 @@ lint: install   ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+deploy-pi: install  ## build, send to PI, measure there, print the comparison
+	@test -n "$(PI)" || { echo 'name the device: make deploy-pi PI=pi@raspberrypi.local (or PI=emulated)'; exit 1; }
+	$(SLIMPI) deploy $(RECIPES) $(addprefix --only ,$(PI_VARIANTS)) $(addprefix --on ,$(PI)) $(DEPLOY_SIZES)
+
+pi-emulator: install  ## build and boot the emulated Pi (QEMU Cortex-A72, ssh on loopback)
+	$(BIN)/python -m pipeline.emulator up
+
+peers: install  ## llama.cpp's own tools, from the sources of the installed package
+	$(BIN)/python benchmarks/llama_tools.py
+
 bench-peers: install  ## perplexity and speed against llama.cpp's own tools, same build, same files
 	$(SLIMPI) build models/smollm2-135m.toml
 	$(BIN)/python benchmarks/peers.py
 
+fault-drill: install  ## break the agent and the depot in every known way, count what is lost (10 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/fault_drill.py
+
 clean:          ## remove what was built, keep sources and results
+	-test ! -x $(BIN)/python || $(BIN)/python -m pipeline.emulator down
 	rm -rf models/artifacts

@@ -22,7 +22,7 @@ from pathlib import Path
 import msgspec
 
 from device.schema import SlimpiError
-from pipeline.store import digest, whole_folder
+from pipeline.store import digest, places, whole_folder
 
 TOOLS = ("llama-bench", "llama-perplexity", "llama-imatrix", "llama-quantize")
 PACKAGE = "llama-cpp-python"
@@ -210,3 +210,7 @@ def parse_bench(output: str) -> list[BenchRow]:
 def _features(system_info: str) -> str:
     """`CPU : AVX = 1 | OPENMP = 1 | ` -> `AVX OPENMP`, order kept."""
     return " ".join(re.findall(r"(\w+) = 1\b", system_info))
+
+
+if __name__ == "__main__":
+    print(find_or_build(places().root / "benchmarks" / "peers", os.cpu_count() or 1))

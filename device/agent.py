@@ -9,6 +9,7 @@ Exit code: 0 all tasks ok, 3 some failed, 1 an error (one line on stderr), 130 i
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import signal
@@ -20,8 +21,10 @@ from types import FrameType
 
 from device import facts
 from device.checks import warnings
+from device.cooling import Cooling, wait_cool
 from device.journal import Journal
 from device.process import Worker
+from device.sampler import Sampler, machine_reader
 from device.schema import (
     Done,
     Event,
@@ -31,6 +34,7 @@ from device.schema import (
     Note,
     Report,
     SlimpiError,
+    Task,
     TaskEnded,
     TaskResult,
     TaskStarted,
@@ -39,6 +43,7 @@ from device.schema import (
     encode_line,
     verify_file,
     write_atomic,
+    write_remedy,
 )
 from device.tasks import TASKS, check_fit, task_name
 from device.wire import Failed, Finished, Request, Started
@@ -90,16 +95,17 @@ def check(job: Job) -> None:
 
 def measure(job: Job, index: int, journal: Journal, emit: Emit) -> TaskResult:
     """Run one task in a worker, each sample journaled as it comes; how it failed is part of the result."""
-    task = job.tasks[index]
+    task, work = job.tasks[index], Path(job.work_dir)
+    cooling = _cool(job, task, emit)
     taken = journal.samples.setdefault(index, {})
     request = Request(
         job=job, index=index, done={series: len(samples) for series, samples in taken.items()}, agent_pid=os.getpid()
     )
-    before = facts.collect()
-    begin_s = time.monotonic()
+    before = facts.collect(work)
+    started_unix_s, begin_s = time.time(), time.monotonic()
     memory: Memory | None = None
     error = ""
-    with Worker(request, Path(job.work_dir) / f"task-{index}.log") as worker:
+    with Worker(request, work / f"task-{index}.log") as worker, Sampler(machine_reader(worker.pid)) as sampler:
         for messages in worker.messages():
             events: list[Event] = []
             for message in messages:
@@ -117,7 +123,7 @@ def measure(job: Job, index: int, journal: Journal, emit: Emit) -> TaskResult:
         if memory is None:
             error = error or worker.obituary()
     duration_s = time.monotonic() - begin_s
-    after = facts.collect()
+    after = facts.collect(work)
     measurements = TASKS[type(task)].summarize(task, taken, job) if memory else []
     return TaskResult(
         task=task,
@@ -129,8 +135,24 @@ def measure(job: Job, index: int, journal: Journal, emit: Emit) -> TaskResult:
         facts_after=after,
         duration_s=duration_s,
         resumed=bool(request.done),
-        warnings=warnings(before, after, measurements, memory),
+        warnings=[
+            *([str(cooling)] if cooling and not cooling.reached else []),
+            *warnings(before, after, measurements, memory, sampler.points),
+        ],
+        started_unix_s=started_unix_s,
+        cool_wait_s=cooling.waited_s if cooling else 0.0,
+        worker_peak_rss_bytes=worker.peak_rss_bytes,
+        trace=sampler.points,
+        trace_cpu_s=sampler.cpu_s,
     )
+
+
+def _cool(job: Job, task: Task, emit: Emit) -> Cooling | None:
+    if job.wait_cool_c is None or not TASKS[type(task)].timed:
+        return None
+    cooling = wait_cool(job.wait_cool_c, job.wait_cool_max_s)
+    emit(Note(message=str(cooling)))
+    return cooling
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -140,11 +162,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         report = run(_read_job(arguments), _say)
     except SlimpiError as error:
-        sys.stderr.write(f"slimpi agent: {' '.join(str(error).split())}\n")
+        _complain(" ".join(str(error).split()))
         return EXIT_ERROR
     except (KeyboardInterrupt, BrokenPipeError):
-        _forget_stdout()
-        sys.stderr.write("slimpi agent: interrupted; run the same job again to go on from the last sample\n")
+        _complain("interrupted; run the same job again to go on from the last sample")
         return EXIT_INTERRUPTED
     return EXIT_OK if all(result.status == "ok" for result in report.results) else EXIT_SOME_FAILED
 
@@ -166,19 +187,29 @@ def _verify(folder: Path, file: File) -> None:
         verify_file(folder, file)
     except OSError as error:
         raise SlimpiError(f"cannot read {folder / file.path}: {error.strerror}. Check its permissions.") from error
+    except RuntimeError as error:  # pathlib before Python 3.13
+        raise SlimpiError(f"cannot read {folder / file.path}: its links go round in a circle. Remove them.") from error
 
 
 def _say(event: Event) -> None:
-    sys.stdout.buffer.write(encode_line(event))
-    sys.stdout.buffer.flush()
+    """Unbuffered: what a full disk or a closed pipe refused must not be tried again at exit."""
+    line = memoryview(encode_line(event))
+    try:
+        while line:
+            line = line[os.write(1, line) :]
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise SlimpiError(
+            f"cannot write events: {error.strerror}. {write_remedy(error)} Then run the same job again: it goes on "
+            "from the last sample."
+        ) from error
+
+
+def _complain(message: str) -> None:
+    with contextlib.suppress(OSError):  # stderr may be a file on the very disk that is full
+        os.write(2, f"slimpi agent: {message}\n".encode())
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
-
-
-def _forget_stdout() -> None:
-    """The reader may be gone: without this, Python complains of the broken pipe again when it flushes at exit."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
-    os.close(nowhere)

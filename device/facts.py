@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import platform
 import re
-import shutil
-import subprocess
 import time
 from pathlib import Path
 
+from device import firmware
+from device.firmware import read
 from device.memory import parse_kib_fields
 from device.runtimes import versions
 from device.schema import Facts
@@ -30,36 +30,45 @@ _ARM_CORES = {
 }
 
 
-def collect() -> Facts:
-    """Read the machine now; takes about 0.3 s, a third of it busy on one core."""
-    memory = parse_kib_fields(_read("/proc/meminfo") or "")
-    cpuinfo = _read("/proc/cpuinfo") or ""
+def collect(work: Path | None = None) -> Facts:
+    """Read the machine now; takes about 0.3 s, a third of it busy on one core. work: the folder whose disk counts."""
+    memory = parse_kib_fields(read("/proc/meminfo") or "")
+    cpuinfo = read("/proc/cpuinfo") or ""
     busy_percent = _busy_percent_now()
     _spin()  # an idle governor shows its lowest clock; what counts is the one under load
     return Facts(
         time_unix_s=time.time(),
         machine=platform.machine(),
         board=parse_board(
-            _read("/proc/device-tree/model"),
-            _read("/sys/class/dmi/id/sys_vendor"),
-            _read("/sys/class/dmi/id/product_name"),
+            read("/proc/device-tree/model"),
+            read("/sys/class/dmi/id/sys_vendor"),
+            read("/sys/class/dmi/id/product_name"),
         ),
         cpu=parse_cpu_name(cpuinfo),
         cores=os.cpu_count() or 1,
-        os=parse_os_name(_read("/etc/os-release") or ""),
+        os=parse_os_name(read("/etc/os-release") or ""),
         kernel=platform.release(),
         python=platform.python_version(),
         page_size_bytes=os.sysconf("SC_PAGE_SIZE"),
         mem_total_bytes=memory.get("MemTotal", 0),
         mem_available_bytes=memory.get("MemAvailable", 0),
         swap_used_bytes=memory.get("SwapTotal", 0) - memory.get("SwapFree", 0),
-        load_1min=parse_load(_read("/proc/loadavg") or "0"),
+        load_1min=parse_load(read("/proc/loadavg") or "0"),
         cpu_busy_percent=busy_percent,
-        clock_mhz=_clock_mhz_now(),
-        governor=parse_word(_read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")),
-        temperature_c=parse_millidegrees(_read("/sys/class/thermal/thermal_zone0/temp")),
-        throttled_bits=parse_throttled(_vcgencmd("get_throttled")),
+        clock_mhz=firmware.clock_mhz()[0],
+        governor=parse_word(read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")),
+        temperature_c=firmware.temperature_c(),
+        throttled_bits=firmware.throttled_bits()[0],
         runtimes=versions(),
+        board_revision=parse_revision(cpuinfo, _read_bytes("/proc/device-tree/system/linux,revision")),
+        firmware=parse_firmware(
+            firmware.version(),
+            _read_bytes("/proc/device-tree/chosen/bootloader/version"),
+            _read_bytes("/proc/device-tree/chosen/bootloader/build-timestamp"),
+        ),
+        storage=_storage(work) if work else None,
+        swap_total_bytes=memory.get("SwapTotal", 0),
+        under_voltage_alarm=firmware.under_voltage_alarm(),
     )
 
 
@@ -68,6 +77,52 @@ def parse_board(device_tree: str | None, vendor: str | None, product: str | None
     if device_tree:
         return device_tree.rstrip("\0").strip()
     return " ".join(part.strip() for part in (vendor, product) if part and part.strip()) or "unknown"
+
+
+def parse_revision(cpuinfo: str, device_tree: bytes | None) -> str | None:
+    """The Pi's revision code, `d03114`: four bytes in the device tree, or a line the Pi's kernel adds to cpuinfo."""
+    if device_tree and len(device_tree) == 4:
+        return f"{int.from_bytes(device_tree, 'big'):x}"
+    found = re.search(r"^Revision\s*: ([0-9a-f]+)$", cpuinfo, re.MULTILINE)
+    return found.group(1) if found else None
+
+
+def parse_firmware(version: str | None, bootloader: bytes | None, built: bytes | None) -> str | None:
+    """The GPU's firmware, and the boot loader's hash and build time (seconds, four bytes big-endian)."""
+    parts = [version] if version else []
+    if bootloader:
+        name = bootloader.rstrip(b"\0").decode("ascii", "replace").strip()[:12]
+        known = built is not None and len(built) == 4
+        day = time.strftime(" of %Y-%m-%d", time.gmtime(int.from_bytes(built or b"", "big"))) if known else ""
+        parts.append(f"boot loader {name}{day}")
+    return ", ".join(parts) or None
+
+
+def parse_storage(device: str, card: str | None, rotational: str | None, file_system: str) -> str:
+    """What a folder lies on: `SD card mmcblk0, ext4`.
+
+    device: the disk's name in /sys/block, empty if it has none; card: its device/type; rotational: its queue's flag.
+    """
+    if device.startswith("mmcblk"):
+        kind = {"SD": "SD card", "MMC": "eMMC"}.get((card or "").strip(), "SD card or eMMC")
+    elif device.startswith("nvme"):
+        kind = "NVMe SSD"
+    elif device.startswith(("vd", "xvd")):
+        kind = "virtual disk"
+    elif device.startswith("sd"):
+        kind = {"0": "SSD or USB stick", "1": "hard disk"}.get((rotational or "").strip(), "disk")
+    else:
+        kind = "block device" if device else "no disk of its own"
+    return ", ".join(part for part in (f"{kind} {device}".strip(), file_system) if part)
+
+
+def parse_file_system(mountinfo: str, device_number: str) -> str:
+    """The type of the file system on `major:minor`, from /proc/self/mountinfo (proc(5)); empty if none is mounted."""
+    for line in mountinfo.splitlines():
+        mount, _, source = line.partition(" - ")
+        if mount.split(" ")[2:3] == [device_number]:
+            return source.partition(" ")[0]
+    return ""
 
 
 def parse_cpu_name(cpuinfo: str) -> str:
@@ -105,42 +160,14 @@ def busy_percent(before: tuple[int, int], after: tuple[int, int]) -> float:
     return 100.0 * (after[0] - before[0]) / total if total > 0 else 0.0
 
 
-def parse_vcgencmd_clock(output: str | None) -> float | None:
-    """`frequency(48)=1500345728` in MHz: the firmware's own clock, which the kernel's may not follow."""
-    found = re.fullmatch(r"frequency\(\d+\)=(\d+)", (output or "").strip())
-    return int(found.group(1)) / 1e6 if found and int(found.group(1)) else None
-
-
-def parse_khz(text: str | None) -> float | None:
-    """cpufreq's `1500000` in MHz."""
-    return int(text) / 1e3 if text and text.strip().isdigit() else None
-
-
-def parse_millidegrees(text: str | None) -> float | None:
-    """A thermal zone's `48312` in degrees Celsius."""
-    return int(text) / 1e3 if text and re.fullmatch(r"-?\d+", text.strip()) else None
-
-
-def parse_throttled(output: str | None) -> int | None:
-    """`throttled=0x50005`: bits 0-3 now, 16-19 since boot (under-voltage, capped, throttled, soft limit)."""
-    found = re.fullmatch(r"throttled=(0x[0-9a-fA-F]+)", (output or "").strip())
-    return int(found.group(1), 16) if found else None
-
-
 def parse_word(text: str | None) -> str | None:
     return (text or "").strip() or None
 
 
-def _clock_mhz_now() -> float | None:
-    return parse_vcgencmd_clock(_vcgencmd("measure_clock", "arm")) or parse_khz(
-        _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq")
-    )
-
-
 def _busy_percent_now() -> float:
-    before = parse_cpu_ticks(_read("/proc/stat") or "")
+    before = parse_cpu_ticks(read("/proc/stat") or "")
     time.sleep(BUSY_WINDOW_S)
-    return busy_percent(before, parse_cpu_ticks(_read("/proc/stat") or ""))
+    return busy_percent(before, parse_cpu_ticks(read("/proc/stat") or ""))
 
 
 def _spin() -> None:
@@ -149,21 +176,22 @@ def _spin() -> None:
         pass
 
 
-def _read(path: str) -> str | None:
-    """A small file's text; None where this machine has no such file or does not let us read it."""
+def _storage(folder: Path) -> str | None:
     try:
-        return Path(path).read_text(encoding="utf-8", errors="replace")
+        number = folder.stat().st_dev
     except OSError:
         return None
+    name = f"{os.major(number)}:{os.minor(number)}"
+    file_system = parse_file_system(read("/proc/self/mountinfo") or "", name)
+    node = Path("/sys/dev/block", name).resolve()
+    disk = node.parent if (node / "partition").exists() else node
+    if not disk.is_dir():
+        return parse_storage("", None, None, file_system)
+    return parse_storage(disk.name, read(disk / "device" / "type"), read(disk / "queue" / "rotational"), file_system)
 
 
-def _vcgencmd(*arguments: str) -> str | None:
-    """The Pi firmware's answer; None on other boards and where the firmware cannot be asked."""
-    program = shutil.which("vcgencmd")
-    if program is None:
-        return None
+def _read_bytes(path: str) -> bytes | None:
     try:
-        done = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=2, check=True)
-    except (OSError, subprocess.SubprocessError):
+        return Path(path).read_bytes()
+    except OSError:
         return None
-    return done.stdout

@@ -29,6 +29,8 @@ from device.schema import (
     TaskEnded,
     TaskResult,
     decode,
+    sync_folder,
+    write_remedy,
 )
 
 _EVENT = cast(Any, Event)  # a union is no type[...] to mypy
@@ -64,10 +66,14 @@ class Journal:
             folder.mkdir(parents=True, exist_ok=True)
             self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
-            raise SlimpiError(f"cannot open {self.path}: {error.strerror}. Choose another work_dir.") from error
+            remedy = f"Choose another work_dir. {write_remedy(error)}"
+            raise SlimpiError(f"cannot open {self.path}: {error.strerror}. {remedy}") from error
         try:
             self._lock()
             self._size = self._read(_line(_head_of(job)))
+        except OSError as error:
+            os.close(self._fd)
+            raise SlimpiError(f"cannot read {self.path}: {error.strerror}. {write_remedy(error)}") from error
         except SlimpiError:
             os.close(self._fd)
             raise
@@ -103,7 +109,7 @@ class Journal:
         if not newline and head.startswith(first):  # new, or the power went while the head was written
             os.ftruncate(self._fd, 0)
             self._write(head)
-            _sync_folder(self.path.parent)
+            sync_folder(self.path.parent)
             return self._size
         if first + newline != head:
             self._refuse(first)
@@ -150,24 +156,16 @@ class Journal:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._fd, self._size)
             raise SlimpiError(
-                f"cannot write {self.path}: {error.strerror}. Free some space and run the same job again: "
+                f"cannot write {self.path}: {error.strerror}. {write_remedy(error)} Then run the same job again: "
                 "it goes on from the last sample written."
             ) from error
         self._size += len(data)
 
 
 def _head_of(job: Job) -> Head:
-    """Paths and the time limit may change between two runs of a job; what its samples mean may not."""
+    """Paths and limits may change between two runs of a job; what its samples mean may not."""
     work = [job.artifact, job.tasks, job.threads, job.provenance]
     return Head(job_id=job.id, work_sha256=hashlib.sha256(msgspec.json.encode(work)).hexdigest())
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _line(event: Event | Head) -> bytes:

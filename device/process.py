@@ -15,18 +15,23 @@ from typing import Any, cast
 
 import msgspec
 
+from device.firmware import read
 from device.schema import SlimpiError, decode
 from device.wire import Message, Request
 
 _CHUNK_BYTES = 1 << 16
 _QUOTED_LINES = 3
+_OFTEN: dict[int, str] = {
+    signal.SIGKILL: " (often: out of memory)",
+    signal.SIGABRT: " (often: memory that could not be had, or a broken model)",
+}
 _MESSAGE = cast(Any, Message)  # a union is no type[...] to mypy
 
 
 class Worker:
     """One `python -m device.worker`, in its own process group so that the terminal's Ctrl-C reaches only the agent.
 
-    Leaving the `with` block kills it if it still runs.
+    `peak_rss_bytes` is known once it has ended, however it ended. Leaving the `with` block kills it if it still runs.
     """
 
     def __init__(self, request: Request, log: Path) -> None:
@@ -34,7 +39,8 @@ class Worker:
         self._timeout_s = request.job.timeout_s
         self._deadline_s = time.monotonic() + self._timeout_s
         self._timed_out = False
-        self._peak_rss_bytes = 0
+        self._memory_limit_bytes = request.job.memory_limit_bytes
+        self.peak_rss_bytes = 0
         threads = str(request.job.threads)
         environment = {
             **os.environ,
@@ -58,6 +64,10 @@ class Worker:
         except OSError as error:
             raise SlimpiError(f"cannot start a worker logging to {log}: {error.strerror}. Free some space.") from error
         self._request = request
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def __enter__(self) -> Worker:
         return self
@@ -90,13 +100,14 @@ class Worker:
             how = f"took longer than timeout_s = {self._timeout_s} s and was stopped"
         elif code < 0:
             how = f"was killed by {signal.Signals(-code).name}"
-            how += " (often: out of memory)" if code == -signal.SIGKILL else ""
+            how += _OFTEN.get(-code, "")
         elif code > 0:
             how = f"ended with exit code {code}"
         else:
             return ""
-        peak = f", peak resident memory {self._peak_rss_bytes / 1e6:.0f} MB" if self._peak_rss_bytes else ""
-        return f"the worker {how}{peak}; see {self._log}{self._last_words()}"
+        peak = f", peak resident memory {self.peak_rss_bytes / 1e6:.0f} MB" if self.peak_rss_bytes else ""
+        limit = f", memory_limit_bytes = {self._memory_limit_bytes}" if self._memory_limit_bytes else ""
+        return f"the worker {how}{peak}{limit}; see {self._log}{self._last_words()}"
 
     def _send_request(self) -> None:
         assert self._process.stdin
@@ -118,12 +129,12 @@ class Worker:
     def _end(self, kill: bool) -> None:
         if self._process.returncode is not None:
             return
-        if kill:
-            self._process.kill()
+        if kill:  # not Popen.kill(): it reaps a process that has just ended, and wait4 then finds none
+            os.kill(self._process.pid, signal.SIGKILL)
         _, status, usage = os.wait4(self._process.pid, 0)
         self._process.returncode = os.waitstatus_to_exitcode(status)
-        self._peak_rss_bytes = usage.ru_maxrss * 1024
+        self.peak_rss_bytes = usage.ru_maxrss * 1024  # the kernel's own mark: known even after SIGKILL
 
     def _last_words(self) -> str:
-        lines = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-_QUOTED_LINES:]
+        lines = (read(self._log) or "").strip().splitlines()[-_QUOTED_LINES:]
         return ": " + " | ".join(line.strip()[:200] for line in lines) if lines else ""

@@ -8,6 +8,8 @@ Units are part of every name. Raw samples are stored; means and errors are compu
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import math
 import os
@@ -169,7 +171,12 @@ Task = Perplexity | Throughput | Tweets | Parity | RecordGolden
 
 
 class Job(Record, frozen=True, kw_only=True):
-    """job.json: one artifact, what to run on it, and where things are on the device."""
+    """job.json: one artifact, what to run on it, where things are on the device, and the limits of each task.
+
+    memory_limit_bytes: of a worker's private writable memory, resident or not (RLIMIT_DATA); a mapped GGUF does not
+    count. 0 = none.
+    wait_cool_c: before each timed task, wait until the CPU is below this temperature, at most wait_cool_max_s.
+    """
 
     schema: Literal[1] = 1
     id: str
@@ -181,9 +188,15 @@ class Job(Record, frozen=True, kw_only=True):
     threads: Positive
     provenance: Provenance
     timeout_s: Positive = 3600
+    memory_limit_bytes: Count = 0
+    wait_cool_c: Annotated[float, Meta(gt=0, le=120)] | None = None
+    wait_cool_max_s: Count = 600
 
     def __post_init__(self) -> None:
         check_id(self.id)
+        for folder in (self.artifact_dir, self.data_dir, self.work_dir):
+            if not folder or "\0" in folder:
+                raise ValueError(f"{folder[:120]!r} is not a folder's path")
 
 
 class Measurement(Record, frozen=True, kw_only=True):
@@ -247,10 +260,33 @@ class Facts(Record, frozen=True, kw_only=True):
     temperature_c: float | None = None
     throttled_bits: int | None = None
     runtimes: dict[str, str] = {}
+    board_revision: str | None = None
+    firmware: str | None = None
+    storage: str | None = None
+    swap_total_bytes: Count = 0
+    under_voltage_alarm: bool | None = None
+
+
+class TracePoint(Record, frozen=True, kw_only=True):
+    """What the machine said while a task ran, time_s after its worker started; about one a second."""
+
+    time_s: float
+    clock_mhz: float | None = None
+    temperature_c: float | None = None
+    throttled_bits: int | None = None
+    cpu_busy_percent: float | None = None
+    mem_available_bytes: Count = 0
+    worker_rss_bytes: Count = 0
+    worker_rss_anon_bytes: Count = 0
+    power_w: float | None = None
 
 
 class TaskResult(Record, frozen=True, kw_only=True):
-    """What one task gave: measurements, or the error that ended it, and what it was run in."""
+    """What one task gave: measurements, or the error that ended it, and what it was run in.
+
+    duration_s counts from started_unix_s; waiting to cool (cool_wait_s) comes before. worker_peak_rss_bytes is known
+    even of a worker that was killed. trace_cpu_s: CPU time that taking the trace cost, on any core.
+    """
 
     task: Task
     status: Literal["ok", "failed"]
@@ -262,6 +298,11 @@ class TaskResult(Record, frozen=True, kw_only=True):
     duration_s: float
     resumed: bool = False
     warnings: list[str] = []
+    started_unix_s: float = 0.0
+    cool_wait_s: float = 0.0
+    worker_peak_rss_bytes: Count = 0
+    trace: list[TracePoint] = []
+    trace_cpu_s: float = 0.0
 
 
 class Report(Record, frozen=True, kw_only=True):
@@ -357,22 +398,35 @@ def read_record(path: Path, kind: type[R]) -> R:
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a file whole or not at all: temporary name, fsync, rename, fsync of the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as out:
             out.write(data)
             out.flush()
             os.fsync(out.fileno())
         partial.replace(path)
+        sync_folder(path.parent)
     except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise SlimpiError(f"cannot write {path}: {error.strerror}. Free some space or fix permissions.") from error
-    folder = os.open(path.parent, os.O_RDONLY)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise SlimpiError(f"cannot write {path}: {error.strerror}. {write_remedy(error)}") from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames and new files in a folder survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(handle)
     finally:
-        os.close(folder)
+        os.close(handle)
+
+
+def write_remedy(error: OSError) -> str:
+    """What to do about a file that cannot be written."""
+    if error.errno in (errno.EIO, errno.EROFS):
+        return "The disk is failing or mounted read-only: check it (dmesg), replace the card if need be."
+    return "Free some space or fix permissions."
 
 
 def sha256_file(path: Path) -> str:

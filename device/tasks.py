@@ -35,18 +35,20 @@ class TaskSpec:
     `run(request, task)`: yields Started once, then every sample that the journal lacks, in order within its series;
     what a sample times ends before it is yielded. Run in the worker.
     `summarize(task, samples by series, job)`: pure; needs no model. Run in the agent.
+    `timed`: its samples are times, so that it matters how hot the CPU is at the start.
     """
 
     needs: tuple[tuple[str, str], ...]
     run: Callable[[Request, Any], Iterator[Started | Sample]]
     summarize: Callable[[Any, Taken, Job], list[Measurement]]
+    timed: bool = False
 
 
 TASKS: Mapping[type[Task], TaskSpec] = MappingProxyType(
     {
         Perplexity: TaskSpec((LM,), language.run_perplexity, language.summarize_perplexity),
-        Throughput: TaskSpec((LM,), language.run_throughput, language.summarize_throughput),
-        Tweets: TaskSpec((CLASSIFIER,), tweets.run_tweets, tweets.summarize_tweets),
+        Throughput: TaskSpec((LM,), language.run_throughput, language.summarize_throughput, timed=True),
+        Tweets: TaskSpec((CLASSIFIER,), tweets.run_tweets, tweets.summarize_tweets, timed=True),
         Parity: TaskSpec((LM, CLASSIFIER), parity.run_parity, parity.summarize_parity),
         RecordGolden: TaskSpec((LM, CLASSIFIER), parity.run_record_golden, parity.summarize_record_golden),
     }

@@ -1,14 +1,17 @@
-"""slimpi build | bench | compare | deploy: press a model, run it on a device, read what it cost."""
+"""slimpi build | bench | compare | deploy | stop | clean: press a model, run it on a device, read what it cost."""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
-from contextlib import ExitStack
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -16,7 +19,12 @@ from rich.console import Console
 from device.schema import Event, Note, Report, Sample, SlimpiError, TaskEnded, TaskStarted, read_record
 from pipeline.progress import Progressor, Tick, quiet
 from pipeline.recipes import read_recipe
-from pipeline.store import Places, find_artifact, load_artifact, places
+from pipeline.store import Places, find_artifact, places
+from pipeline.transport import Interrupted
+
+if TYPE_CHECKING:
+    from pipeline.hosts import Host
+    from pipeline.remote import Device
 
 app = typer.Typer(
     help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
@@ -26,10 +34,32 @@ Recipes = Annotated[list[Path], typer.Argument(help="Recipe files, such as model
 Artifacts = Annotated[
     list[str], typer.Argument(help="Artifact folders, ids, or MODEL:VARIANT such as smollm2-135m:Q4_K_M.")
 ]
-On = Annotated[str, typer.Option(help="Device to run on; `local` is this machine.")]
-Threads = Annotated[int, typer.Option(min=0, help="Inference threads; 0 = half of this machine's cores.")]
+On = Annotated[
+    list[str],
+    typer.Option(
+        "--on",
+        help="Device to run on (repeatable): `local` (this machine), `emulated` (a Pi in QEMU), or what ssh takes: "
+        "[user@]host or an alias.",
+    ),
+]
+SshConfig = Annotated[Path | None, typer.Option(help="An ssh configuration file instead of your own (ssh -F).")]
+Threads = Annotated[
+    int, typer.Option(min=0, help="Inference threads; 0 = all cores of a board, half of this machine's, 1 if emulated.")
+]
+BuildThreads = Annotated[int, typer.Option(min=0, help="Inference threads; 0 = half of this machine's cores.")]
+Timeout = Annotated[int, typer.Option("--timeout", min=1, help="Seconds after which a task is given up.")]
+MemoryLimit = Annotated[
+    int, typer.Option("--memory-limit-mib", min=0, help="Private memory a task may take, in MiB; 0 = no limit.")
+]
+WaitCool = Annotated[
+    float | None, typer.Option(help="Before each timed task wait until the CPU is below this temperature, in Celsius.")
+]
+Governor = Annotated[str, typer.Option(help="Clock governor during the run, such as `performance`; needs --sudo.")]
+Sudo = Annotated[bool, typer.Option("--sudo", help="Let --governor use sudo on the device, without a password.")]
+Force = Annotated[bool, typer.Option("--force", help="Run although the predicted memory does not fit the device.")]
 Plain = Annotated[bool, typer.Option("--plain", help="Plain lines instead of progress bars.")]
 Only = Annotated[list[str] | None, typer.Option(help="Build only this variant (repeatable); the reference always is.")]
+DeviceName = Annotated[str, typer.Argument(help="The device: what --on takes, but not `local`.")]
 Again = Annotated[bool, typer.Option("--again", help="Measure again instead of replaying an equal job's samples.")]
 TaskNames = Annotated[
     list[str] | None,
@@ -43,6 +73,8 @@ TextColumn = Annotated[str | None, typer.Option(help="Column of --rows that hold
 LabelColumn = Annotated[str | None, typer.Option(help="Column of --rows that holds the label.")]
 NCtx = Annotated[int | None, typer.Option(help="Context length of the perplexity task, in tokens.")]
 NChunks = Annotated[int | None, typer.Option(help="Chunks of n_ctx tokens to score; 0 = all.")]
+NPrompt = Annotated[int | None, typer.Option(help="Tokens of prefill in the throughput task.")]
+NGen = Annotated[int | None, typer.Option(help="Tokens of decode in the throughput task.")]
 Repetitions = Annotated[int | None, typer.Option(help="Repetitions of the throughput task.")]
 Limit = Annotated[int | None, typer.Option(help="Rows of the tweets task to run; 0 = all.")]
 
@@ -55,7 +87,7 @@ def _threads(asked: int) -> int:
 def build(
     recipes: Recipes,
     only: Only = None,
-    threads: Threads = 0,
+    threads: BuildThreads = 0,
     plain: Plain = False,
 ) -> None:
     """Build the artifacts of one or more recipes; what is unchanged is reused."""
@@ -65,78 +97,121 @@ def build(
 
 def _build(recipes: list[Path], only: list[str] | None, threads: int, plain: bool, where: Places) -> list[Path]:
     from pipeline.build import build as build_recipe  # torch loads in seconds; --help should not wait for it
+    from pipeline.exporters import EXPORTERS
 
     progress = Progressor(plain)
     folders: list[Path] = []
-    for path in recipes:
-        recipe = read_recipe(path)
+    read = [read_recipe(path) for path in recipes]
+    known = {variant for recipe in read for variant in EXPORTERS[recipe.export].variants}
+    for recipe in read:
         progress.say(f"build {recipe.name}: {recipe.note}".rstrip(": "))
-        folders += build_recipe(recipe, where, progress, _threads(threads), only)
+        # A variant of another recipe's format is not meant for this one; one that is nobody's is an error.
+        mine = [v for v in only or [] if v in EXPORTERS[recipe.export].variants or v not in known]
+        chosen = (mine or [recipe.reference]) if only else None
+        folders += build_recipe(recipe, where, progress, _threads(threads), chosen)
     return folders
 
 
 @app.command()
 def bench(
     artifacts: Artifacts,
-    on: On = "local",
+    on: On = ["local"],  # noqa: B006 - typer copies it
     task: TaskNames = None,
     threads: Threads = 0,
     text: Text = None,
     n_ctx: NCtx = None,
     n_chunks: NChunks = None,
+    n_prompt: NPrompt = None,
+    n_gen: NGen = None,
     repetitions: Repetitions = None,
     rows: Rows = None,
     text_column: TextColumn = None,
     label_column: LabelColumn = None,
     limit: Limit = None,
     again: Again = False,
+    force: Force = False,
+    timeout: Timeout = 3600,
+    memory_limit_mib: MemoryLimit = 0,
+    wait_cool: WaitCool = None,
+    governor: Governor = "",
+    sudo: Sudo = False,
+    ssh_config: SshConfig = None,
     plain: Plain = False,
 ) -> None:
-    """Run artifacts on a device and print the comparison. Equal jobs already measured are replayed."""
-    settings = {
-        "text": text, "n_ctx": n_ctx, "n_chunks": n_chunks, "repetitions": repetitions,
-        "rows": rows, "text_column": text_column, "label_column": label_column, "limit": limit,
-    }  # fmt: skip
-    overrides = {name: value for name, value in settings.items() if value is not None}
+    """Run artifacts on devices and print the comparison. Equal jobs already measured are replayed."""
+    overrides = _given(
+        text=text, n_ctx=n_ctx, n_chunks=n_chunks, n_prompt=n_prompt, n_gen=n_gen, repetitions=repetitions,
+        rows=rows, text_column=text_column, label_column=label_column, limit=limit,
+    )  # fmt: skip
+    limits = _Limits(force, timeout, memory_limit_mib, wait_cool, governor, sudo)
     where = places()
     folders = [find_artifact(where.artifacts, name) for name in artifacts]
-    reports = _bench(folders, on, task, threads, overrides, again, plain, where)
-    _finish(reports)
+    _bench(folders, on, ssh_config, task, threads, overrides, again, limits, plain, where)
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class _Limits:
+    """The options of `bench` and `deploy` about the device."""
+
+    force: bool
+    timeout_s: int
+    memory_limit_mib: int
+    wait_cool_c: float | None
+    governor: str
+    sudo: bool
 
 
 def _bench(
     folders: list[Path],
-    on: str,
+    on: list[str],
+    ssh_config: Path | None,
     tasks: list[str] | None,
     threads: int,
     overrides: dict[str, Any],
     again: bool,
+    limits: _Limits,
     plain: bool,
     where: Places,
-) -> list[Report]:
-    from pipeline.deploy import bench as bench_artifact
+) -> None:
+    """Measure, print the table; a failed device or task makes the exit code 1 after everything is shown."""
+    from pipeline.deploy import Settings, bench_all
 
-    progress = Progressor(plain)
-    reports = []
-    for folder in folders:
-        name = load_artifact(folder).name
-        with ExitStack() as stack:
-            follower = _Follower(stack, progress, name)
-            reports.append(
-                bench_artifact(
-                    on,
-                    folder,
-                    where,
-                    threads=_threads(threads),
-                    overrides=overrides,
-                    wanted=tasks,
-                    again=again,
-                    on_event=follower,
-                )
-            )
-        if not follower.started:
-            progress.say(f"  {name}: measured before, replayed from its journal")
-    return reports
+    if limits.governor and not limits.sudo:
+        raise SlimpiError(f"--governor {limits.governor} changes the whole device's clock. Add --sudo to allow it.")
+    progress = Progressor(plain or len(on) > 1)  # one terminal has room for one bar
+    hosts = _hosts(on, ssh_config, where, progress)
+    settings = Settings(
+        threads=threads,
+        overrides=overrides,
+        wanted=tasks,
+        again=again,
+        force=limits.force,
+        timeout_s=limits.timeout_s,
+        memory_limit_bytes=limits.memory_limit_mib * 2**20,
+        wait_cool_c=limits.wait_cool_c,
+        governor=limits.governor,
+    )
+    reports, errors = bench_all(hosts, folders, where, settings, progress, lambda name: _watch(progress, name))
+    _finish(reports, errors)
+
+
+def _hosts(on: list[str], ssh_config: Path | None, where: Places, progress: Progressor) -> list[Host]:
+    from pipeline.hosts import find
+
+    return [find(name, where, progress, ssh_config) for name in dict.fromkeys(on)]
+
+
+@contextmanager
+def _watch(progress: Progressor, name: str) -> Iterator[Callable[[Event], None]]:
+    with ExitStack() as stack:
+        follower = _Follower(stack, progress, name)
+        yield follower
+    if not follower.started:
+        progress.say(f"  {name}: measured before, replayed from its journal")
 
 
 @app.command()
@@ -149,22 +224,83 @@ def compare(
         found += sorted(path.rglob("report.json")) if path.is_dir() else [path]
     if not found:
         raise SlimpiError(f"no report.json under {', '.join(map(str, reports))}. Run `slimpi bench` first.")
-    _finish([read_record(path, Report) for path in found])
+    by_host: dict[str, list[Report]] = {}
+    for path in found:
+        host = path.resolve().parent.parent.name  # results/<host>/<job>/report.json
+        by_host.setdefault(host, []).append(read_record(path, Report))
+    _finish(by_host, [])
 
 
 @app.command()
 def deploy(
     recipes: Recipes,
-    on: On = "local",
+    on: On = ["local"],  # noqa: B006 - typer copies it
     only: Only = None,
+    task: TaskNames = None,
     threads: Threads = 0,
+    n_ctx: NCtx = None,
+    n_chunks: NChunks = None,
+    n_prompt: NPrompt = None,
+    n_gen: NGen = None,
+    repetitions: Repetitions = None,
+    limit: Limit = None,
     again: Again = False,
+    force: Force = False,
+    timeout: Timeout = 3600,
+    memory_limit_mib: MemoryLimit = 0,
+    wait_cool: WaitCool = None,
+    governor: Governor = "",
+    sudo: Sudo = False,
+    ssh_config: SshConfig = None,
     plain: Plain = False,
 ) -> None:
-    """Build recipes, run every variant's tasks on a device, and print one comparison table."""
+    """Build recipes, run every variant's tasks on devices, and print one comparison table."""
+    overrides = _given(
+        n_ctx=n_ctx, n_chunks=n_chunks, n_prompt=n_prompt, n_gen=n_gen, repetitions=repetitions, limit=limit
+    )
+    limits = _Limits(force, timeout, memory_limit_mib, wait_cool, governor, sudo)
     where = places()
     folders = _build(recipes, only, threads, plain, where)
-    _finish(_bench(folders, on, None, threads, {}, again, plain, where))
+    _bench(folders, on, ssh_config, task, threads, overrides, again, limits, plain, where)
+
+
+@app.command()
+def stop(host: DeviceName, ssh_config: SshConfig = None) -> None:
+    """End what runs on a device; what it measured stays there, and the same command goes on from it."""
+    from pipeline import remote
+
+    with _device(host, ssh_config) as device:
+        stopped = remote.stop(device, None)
+    typer.echo(f"stopped: {', '.join(map(remote.printable, stopped)) or 'nothing was running'}")
+
+
+@app.command()
+def clean(
+    host: DeviceName,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Also what was measured there, and the agent's code.")
+    ] = False,
+    ssh_config: SshConfig = None,
+) -> None:
+    """Empty a device's store: artifacts, data, wheels. What was measured stays, unless --all."""
+    from pipeline import remote
+
+    with _device(host, ssh_config) as device:
+        freed = remote.clean(device, everything)
+    left = f"; left alone: {', '.join(map(remote.printable, freed.left))}" if freed.left else ""
+    typer.echo(f"{host}: {freed.freed_bytes / 1e6:.1f} MB freed{left}")
+
+
+@contextmanager
+def _device(name: str, ssh_config: Path | None) -> Iterator[Device]:
+    from pipeline.remote import attach
+
+    progress = Progressor()
+    (host,) = _hosts([name], ssh_config, places(), progress)
+    if host.is_local:
+        raise SlimpiError("`local` is this machine: it has no store to empty. Remove folders under benchmarks/results.")
+    with attach(host, progress, threading.Event()) as device:
+        yield device
 
 
 class _Follower:
@@ -191,26 +327,30 @@ class _Follower:
                 self.progress.say(f"  {self.name}: {event.message}")
 
 
-def _finish(reports: list[Report]) -> None:
-    """Print the table; a failed task makes the exit code 1 after everything is shown."""
+def _finish(reports: Mapping[str, Sequence[Report]], errors: Sequence[SlimpiError]) -> None:
+    """Print the table of what there is; then what failed, as one error."""
     from pipeline.compare import rows as compare_rows
     from pipeline.table import show
 
-    rows = compare_rows(reports)
-    show(rows)
-    failed = [r.artifact.name for r in rows if r.failures]
+    measured = {host: found for host, found in reports.items() if found}
+    if not measured and len(errors) == 1:
+        raise errors[0]
+    named = len(measured) > 1 or bool(measured.keys() - {"local"})
+    rows = [row for host, found in measured.items() for row in compare_rows(found, host if named else "")]
+    if rows:
+        show(rows)
+    failed = [f"{r.host} {r.artifact.name}".strip() for r in rows if r.failures]
+    problems = [str(error) for error in errors]
     if failed:
-        raise SlimpiError(
+        problems.append(
             f"{len(failed)} of {len(rows)} runs had a failing task: {', '.join(failed)}. See the lines above."
         )
-
-
-class _Interrupted(BaseException):
-    """Ctrl-C or SIGTERM. Its own class, since the CLI library would turn KeyboardInterrupt into a bare "Aborted"."""
+    if problems:
+        raise SlimpiError(" | ".join(problems))
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise _Interrupted
+    raise Interrupted
 
 
 def main() -> None:
@@ -221,7 +361,7 @@ def main() -> None:
         app()
     except SlimpiError as error:
         _complain(str(error))
-    except _Interrupted:
+    except Interrupted:
         _complain("interrupted. What was finished is kept: run the same command again to go on.")
     except BrokenPipeError:
         sys.exit(1)

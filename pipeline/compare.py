@@ -19,6 +19,7 @@ from scipy import stats
 from device.schema import Artifact, Measurement, Memory, Report, SlimpiError, TaskResult
 
 CONFIDENCE = 0.95
+MAX_NATS = 700.0  # exp of more is no float; nothing but a broken model comes near
 TIMED_TASKS = ("throughput", "tweets")
 
 
@@ -43,6 +44,7 @@ class Difference:
 class Row:
     """One artifact's figures on one machine. None = not measured; never guessed."""
 
+    host: str
     artifact: Artifact
     report: Report
     quality: Measurement | None
@@ -111,13 +113,13 @@ def accuracy_difference(ours: Sequence[float], reference: Sequence[float]) -> Di
 
 def perplexity(nll: Measurement) -> tuple[float, float]:
     """exp(mean NLL) and its standard error by the delta method."""
-    value = math.exp(nll.mean)
+    value = math.exp(min(nll.mean, MAX_NATS))
     return value, value * nll.stderr
 
 
 def loss_percent(difference: Difference) -> Difference:
     """A difference in mean NLL (nats/token) as a change of perplexity in percent: 100 (exp(d) - 1)."""
-    low, mean, high = (100.0 * math.expm1(x) for x in (difference.low, difference.mean, difference.high))
+    low, mean, high = (100.0 * math.expm1(min(x, MAX_NATS)) for x in (difference.low, difference.mean, difference.high))
     return Difference(mean, low, high, difference.n, "% ppl")
 
 
@@ -153,20 +155,21 @@ def check_alike(reports: Sequence[Report]) -> None:
                     )
 
 
-def rows(reports: Sequence[Report]) -> list[Row]:
-    """One row a report, losses against the same model's reference; raises if reports are not alike."""
+def rows(reports: Sequence[Report], host: str = "") -> list[Row]:
+    """One row a report of one host, losses against the same model's reference; raises if reports are not alike."""
     if not reports:
         raise SlimpiError("there is nothing to compare. Run `slimpi bench ARTIFACT...` first.")
     check_alike(reports)
     references = {r.artifact.model: r for r in reports if r.artifact.reference}
-    return [_row(r, references.get(r.artifact.model)) for r in reports]
+    return [_row(host, r, references.get(r.artifact.model)) for r in reports]
 
 
-def _row(report: Report, reference: Report | None) -> Row:
+def _row(host: str, report: Report, reference: Report | None) -> Row:
     found = _measurements(report)
     loss, note = _loss(found, report, reference)
     memories = [r.memory for r in report.results if r.memory]
     return Row(
+        host=host,
         artifact=report.artifact,
         report=report,
         quality=found.get("nll") or found.get("accuracy"),
@@ -229,22 +232,31 @@ def _badness(loss: Difference) -> float:
     return -loss.mean if loss.unit == "points" else loss.mean
 
 
+def groups(candidates: Sequence[Row]) -> list[tuple[str, str, list[Row]]]:
+    """(host, model, rows) in the order they came: what may be compared with each other."""
+    keys = dict.fromkeys((r.host, r.artifact.model) for r in candidates)
+    return [(h, m, [r for r in candidates if (r.host, r.artifact.model) == (h, m)]) for h, m in keys]
+
+
 def answer(candidates: Sequence[Row]) -> list[str]:
-    """Plain sentences per model: the smallest variant without a measurable loss, and the fastest with its loss."""
+    """Plain sentences per device and model: the smallest variant without a measurable loss, and the fastest."""
     lines = []
-    for model in dict.fromkeys(r.artifact.model for r in candidates):
-        group = [r for r in candidates if r.artifact.model == model]
+    several = len({r.host for r in candidates}) > 1
+    for host, model, group in groups(candidates):
+        who = f"{host}, {model}" if several else model
         known = [r for r in group if r.quality_known]
         timed = [r for r in group if r.speed_valid and not math.isnan(r.speed)]
         lossless = [r for r in known if r.loss is None or not (r.loss.significant and _badness(r.loss) > 0)]
         if lossless:
-            lines.append(f"{model}: " + _recommend("smallest without a measurable loss", min(lossless, key=_size)))
+            lines.append(f"{who}: " + _recommend("smallest without a measurable loss", min(lossless, key=_size)))
         else:
-            lines.append(f"{model}: no loss was measured against the reference, so nothing can be recommended.")
-        if timed:
-            lines.append(f"{model}: " + _recommend("fastest", max(timed, key=lambda r: r.speed)))
+            lines.append(f"{who}: no loss was measured against the reference, so nothing can be recommended.")
+        if group[0].report.provenance == "emulated":
+            lines.append(f"{who}: which is fastest an emulated machine cannot tell.")
+        elif timed:
+            lines.append(f"{who}: " + _recommend("fastest", max(timed, key=lambda r: r.speed)))
         else:
-            lines.append(f"{model}: no valid speed, so which is fastest is not said.")
+            lines.append(f"{who}: no valid speed, so which is fastest is not said.")
     return lines
 
 

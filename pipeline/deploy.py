@@ -1,20 +1,21 @@
-"""Run jobs on a device and bring their reports back. `run(host, argv, ...)` is the seam; `local` is a host.
+"""Run jobs on devices and bring their reports back: on this machine, or on any that ssh reaches (transport.run).
 
-Over the seam go only a job on standard input and events, one JSON line each, on standard output.
+Over the seam go only files named by their hash, a job on standard input, and events, one JSON line each.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-import signal
-import subprocess
 import sys
-import tempfile
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
@@ -37,63 +38,63 @@ from device.schema import (
     decode,
     encode,
     sha256_file,
+    write_atomic,
 )
-from pipeline import sources
+from pipeline import board, fit, follow, hosts, remote, sources
+from pipeline.hosts import LOCAL, Host
+from pipeline.progress import Progressor
 from pipeline.recipes import Bench
+from pipeline.remote import Device, Goods
 from pipeline.store import Places, digest, load_artifact
+from pipeline.transport import run
 
 OnEvent = Callable[[Event], None]
+Watch = Callable[[str], AbstractContextManager[OnEvent | None]]
+"""Called with the name of what is measured; what it gives takes the events."""
 
-STOP_GRACE_S = 10.0
-
-
-def run(host: str, argv: Sequence[str], stdin: bytes, on_line: Callable[[bytes], None]) -> tuple[int, str]:
-    """Run argv on the host, feed it stdin, hand over each line of its stdout; exit code and the end of stderr."""
-    if host != "local":
-        raise SlimpiError(f"host {host!r} is not known: this version runs on `local` only. Use --on local.")
-    with tempfile.TemporaryFile() as errors, tempfile.TemporaryFile() as feed:
-        feed.write(stdin)
-        feed.seek(0)
-        child = subprocess.Popen(list(argv), stdin=feed, stdout=subprocess.PIPE, stderr=errors)
-        assert child.stdout is not None
-        try:
-            for line in child.stdout:
-                on_line(line)
-            code = child.wait()
-        finally:
-            _stop(child)
-            child.stdout.close()
-        errors.seek(max(0, errors.seek(0, os.SEEK_END) - 4000))
-        return code, errors.read().decode(errors="replace").strip()
+DEFAULT_TIMEOUT_S = 3600
 
 
-def _stop(child: subprocess.Popen[bytes]) -> None:
-    """Let the agent close its journal before it is killed."""
-    if child.poll() is not None:
-        return
-    child.send_signal(signal.SIGTERM)
-    try:
-        child.wait(STOP_GRACE_S)
-    except subprocess.TimeoutExpired:
-        child.kill()
-        child.wait()
+@dataclass(frozen=True)
+class Settings:
+    """How the command line wants artifacts measured. threads 0 = chosen for the machine; wanted = task names."""
+
+    threads: int = 0
+    overrides: dict[str, Any] = field(default_factory=dict)
+    wanted: list[str] | None = None
+    again: bool = False
+    force: bool = False
+    timeout_s: int = DEFAULT_TIMEOUT_S
+    memory_limit_bytes: int = 0
+    wait_cool_c: float | None = None
+    governor: str = ""
 
 
-def run_job(host: str, job: Job, on_event: OnEvent | None = None) -> Report:
-    """Run one job on the host's agent. SlimpiError if it ends without a report."""
+@dataclass(frozen=True)
+class Plan:
+    """One artifact to be measured: where it lies here, its tasks and its job's id."""
+
+    folder: Path
+    artifact: Artifact
+    tasks: list[Task]
+    job_id: str
+
+
+def run_job(name: str, job: Job, on_event: OnEvent | None = None, cancel: threading.Event | None = None) -> Report:
+    """Run one job on this machine's own agent, a separate process. SlimpiError if it ends without a report."""
     reports: list[Report] = []
 
     def take(line: bytes) -> None:
-        event: Event = decode(line, Event, f"an event from {host}")  # type: ignore[arg-type]
+        event: Event = decode(line, cast(Any, Event), f"an event from {name}")
         if isinstance(event, Done):
             reports.append(event.report)
         if on_event:
             on_event(event)
 
-    code, errors = run(host, [sys.executable, "-m", "device", "-"], encode(job), take)
+    code, errors = run(LOCAL, [sys.executable, "-m", "device", "-"], encode(job), take, cancel=cancel)
     if not reports:
         last = errors.splitlines()[-1] if errors else "it said nothing"
-        raise SlimpiError(f"the agent on {host} ended with code {code} and no report: {last}")
+        raise SlimpiError(f"the agent on {name} ended with code {code} and no report: {last}")
     return reports[-1]
 
 
@@ -105,7 +106,7 @@ def describe_dataset(spec: str, places: Places) -> Dataset:
     target = places.datasets / relative
     if not target.exists() or sha256_file(target) != sha256:
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+        partial = target.with_name(f".{target.name}.{os.getpid()}.{threading.get_ident()}.partial")
         try:
             shutil.copyfile(path, partial)
             partial.replace(target)
@@ -169,27 +170,216 @@ def bench(
     again: bool = False,
     on_event: OnEvent | None = None,
 ) -> Report:
-    """Run an artifact's tasks on a host; a job already measured there is replayed from its journal unless `again`."""
+    """Run an artifact's tasks here; a job already measured is replayed from its journal unless `again`."""
+    if host != LOCAL.name:
+        raise SlimpiError(f"host {host!r} is not this machine. Use bench_all for hosts that ssh reaches.")
+    settings = Settings(threads=threads, overrides=overrides, wanted=wanted, again=again)
+    return _bench_here(folder, places, settings, on_event, threading.Event())
+
+
+def bench_all(
+    devices: Sequence[Host],
+    folders: Sequence[Path],
+    places: Places,
+    settings: Settings,
+    progress: Progressor,
+    watch: Watch,
+) -> tuple[dict[str, list[Report]], list[SlimpiError]]:
+    """Measure every artifact on every device, several devices side by side: (reports by host, errors).
+
+    An error of one device leaves the others alone. Ctrl-C stops the jobs on all of them.
+    """
+    cancel = threading.Event()
+    reports: dict[str, list[Report]] = {host.name: [] for host in devices}
+    errors: list[SlimpiError] = []
+    with ExitStack() as links:
+        runs: list[Callable[[], None]] = []
+        for host in devices:  # one after the other: ssh may ask something on the terminal
+            try:
+                runs.append(_runner(host, links, folders, places, settings, progress, cancel, watch, reports))
+            except SlimpiError as error:
+                errors.append(error)
+        if len(runs) == 1:
+            try:
+                runs[0]()
+            except SlimpiError as error:
+                errors.append(error)
+        elif runs:
+            errors += _side_by_side(runs, cancel, progress)
+    return reports, errors
+
+
+def _runner(
+    host: Host,
+    links: ExitStack,
+    folders: Sequence[Path],
+    places: Places,
+    settings: Settings,
+    progress: Progressor,
+    cancel: threading.Event,
+    watch: Watch,
+    reports: dict[str, list[Report]],
+) -> Callable[[], None]:
+    """What measures one device; its link is opened here."""
+    found = reports[host.name]
+    if host.is_local:
+
+        def here() -> None:
+            for folder in folders:
+                with watch(load_artifact(folder).name) as on_event:
+                    found.append(_bench_here(folder, places, settings, on_event, cancel))
+
+        return here
+    device = links.enter_context(remote.attach(host, progress, cancel))
+    return lambda: _bench_there(device, folders, places, settings, watch, found)
+
+
+def _side_by_side(
+    runs: Sequence[Callable[[], None]], cancel: threading.Event, progress: Progressor
+) -> list[SlimpiError]:
+    errors: list[SlimpiError] = []
+    with ThreadPoolExecutor(len(runs)) as pool:
+        pending: set[Future[None]] = {pool.submit(one) for one in runs}
+        try:
+            while pending:
+                done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
+                for future in done:
+                    error = future.exception()
+                    if isinstance(error, SlimpiError):
+                        progress.say(f"  {error}")
+                        errors.append(error)
+                    elif error:
+                        raise error
+        finally:
+            cancel.set()  # only those that still run notice: the user interrupted, or one of them has a bug
+    return errors
+
+
+def _plan(folder: Path, places: Places, settings: Settings, where: Path, conditions: Sequence[Any]) -> Plan:
+    """The job's id hashes what its samples depend on; `.N` counts the times it was asked for anew."""
     artifact = load_artifact(folder)
-    tasks = tasks_for(artifact, bench_settings(artifact, overrides), places, wanted)
-    provenance: Provenance = "host"
-    key = [artifact.id, tasks, threads, provenance, device_code_version()]
-    results = places.results / host
-    name = f"{artifact.name[:60]}-{digest(key)[:12]}"
-    run_number = 1 + max((_run_number(p) for p in results.glob(f"{name}.*")), default=0) if again else 0
-    earlier = max((_run_number(p) for p in results.glob(f"{name}.*")), default=1)
-    job_id = f"{name}.{run_number or earlier}"
-    job = Job(
-        id=job_id,
-        artifact=artifact,
-        artifact_dir=str(folder),
-        data_dir=str(places.datasets),
-        work_dir=str(results / job_id),
-        tasks=tasks,
+    tasks = tasks_for(artifact, bench_settings(artifact, settings.overrides), places, settings.wanted)
+    name = f"{artifact.name[:60]}-{digest([artifact.id, tasks, *conditions, device_code_version()])[:12]}"
+    latest = max((_run_number(path) for path in where.glob(f"{name}.*")), default=0)
+    return Plan(folder, artifact, tasks, f"{name}.{latest + 1 if settings.again else max(1, latest)}")
+
+
+def _job(plan: Plan, folders: tuple[str, str, str], threads: int, kind: Provenance, settings: Settings) -> Job:
+    """folders: of the artifact, of the data, and to work in, as the device calls them."""
+    artifact_dir, data_dir, work_dir = folders
+    return Job(
+        id=plan.job_id,
+        artifact=plan.artifact,
+        artifact_dir=artifact_dir,
+        data_dir=data_dir,
+        work_dir=work_dir,
+        tasks=plan.tasks,
         threads=threads,
-        provenance=provenance,
+        provenance=kind,
+        timeout_s=settings.timeout_s,
+        memory_limit_bytes=settings.memory_limit_bytes,
+        wait_cool_c=settings.wait_cool_c,
     )
-    return run_job(host, job, on_event)
+
+
+def _bench_here(
+    folder: Path, places: Places, settings: Settings, on_event: OnEvent | None, cancel: threading.Event
+) -> Report:
+    threads = settings.threads or max(1, (os.cpu_count() or 1) // 2)
+    kind = hosts.provenance(LOCAL, "", "")
+    results = places.results / LOCAL.name
+    plan = _plan(folder, places, settings, results, [threads, kind])
+    dirs = (str(folder), str(places.datasets), str(results / plan.job_id))
+    job = _job(plan, dirs, threads, kind, settings)
+    return run_job(LOCAL.name, job, on_event, cancel)
+
+
+def _bench_there(
+    device: Device, folders: Sequence[Path], places: Places, settings: Settings, watch: Watch, found: list[Report]
+) -> None:
+    """Plan, check that it fits, send what is missing, run: every artifact on one device; reports go to `found`."""
+    host, contact = device.host, device.contact
+    kind = hosts.provenance(host, contact.machine, contact.board)
+    threads = settings.threads or (1 if kind == "emulated" else contact.cores)
+    wheels, unpacked_bytes = board.wheels(device, places)
+    conditions = [threads, kind, [g.sha256 for g in wheels], settings.governor]
+    results = places.results / host.name
+    plans = [_plan(folder, places, settings, results, conditions) for folder in folders]
+    goods = [*wheels, *(g for plan in plans for g in _goods(plan, places))]
+    seen = remote.status(device, goods)
+    _refuse_if_busy(device, seen, plans)
+    _check_memory(device, seen, plans, settings)
+    remote.supply(device, goods, seen, unpacked_bytes)
+    device.say(remote.describe_sent(device))
+    site = board.site(device, wheels, unpacked_bytes)
+    with board.governor(device, settings.governor) if settings.governor else nullcontext():
+        # A job that an earlier run left running is followed before others are started beside it.
+        for plan in sorted(plans, key=lambda plan: plan.job_id not in seen.running):
+            (results / plan.job_id).mkdir(parents=True, exist_ok=True)  # its number is taken, finished or not
+            with watch(f"{host.name} {plan.artifact.name}") as on_event:
+                report = _measure(device, plan, places, [device.code_path, *site], threads, kind, settings, on_event)
+            write_atomic(results / plan.job_id / "report.json", encode(report))
+            found.append(report)
+    order = {plan.artifact.id: i for i, plan in enumerate(plans)}
+    found.sort(key=lambda report: order[report.artifact.id])
+
+
+def _measure(
+    device: Device,
+    plan: Plan,
+    places: Places,
+    pythonpath: list[str],
+    threads: int,
+    kind: Provenance,
+    settings: Settings,
+    on_event: OnEvent | None,
+) -> Report:
+    """Run one job there. A file that the agent finds damaged on the device is dropped and sent again, once."""
+    goods = _goods(plan, places)
+    for attempt in (1, 2):
+        artifact_dir = remote.place(device, f"artifacts/{plan.artifact.id}", plan.artifact.files)
+        data_dir = remote.place(device, "data", _data_files(plan))
+        work_dir = f"{device.contact.home}/jobs/{plan.job_id}/work"
+        job = _job(plan, (artifact_dir, data_dir, work_dir), threads, kind, settings)
+        report, ended = follow.run_job(device, job, pythonpath, on_event)
+        if report:
+            return report
+        damaged = {g.sha256 for g in goods if f"{g.path.name} " in ended.stderr and "expected" in ended.stderr}
+        if attempt == 2 or not damaged:
+            break
+        device.say(f"{len(damaged)} file(s) of {plan.artifact.name} were damaged on the device and are sent again")
+        remote.forget(device, sorted(damaged))
+        remote.supply(device, goods)
+    how = "without an exit code" if ended.exit is None else f"with code {ended.exit}"
+    last = ended.stderr.splitlines()[-1] if ended.stderr else "it said nothing"
+    raise SlimpiError(f"the agent on {device.host.name} ended {how} and no report of {plan.job_id}: {last}")
+
+
+def _goods(plan: Plan, places: Places) -> list[Goods]:
+    artifact = [remote.goods_of(plan.folder / f.path, f, "artifact") for f in plan.artifact.files]
+    return artifact + [remote.goods_of(places.datasets / f.path, f, "data") for f in _data_files(plan)]
+
+
+def _data_files(plan: Plan) -> list[File]:
+    return [task.dataset.file for task in plan.tasks if isinstance(task, Perplexity | Tweets)]
+
+
+def _refuse_if_busy(device: Device, seen: remote.Status, plans: Sequence[Plan]) -> None:
+    others = sorted(set(seen.running) - {plan.job_id for plan in plans})
+    if others:
+        name = device.host.name
+        raise SlimpiError(
+            f"{name} is measuring {remote.printable(', '.join(others))}; two runs would spoil each other. "
+            f"Wait for it, or `slimpi stop {name}`."
+        )
+
+
+def _check_memory(device: Device, seen: remote.Status, plans: Sequence[Plan], settings: Settings) -> None:
+    if settings.force or seen.running:  # what runs already takes its memory from the figure
+        return
+    for plan in plans:
+        wanted = fit.footprints(plan.artifact, plan.folder, plan.tasks)
+        fit.check(device.host.name, plan.artifact, wanted, seen.mem_available_bytes)
 
 
 def _run_number(path: Path) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from device.schema import Report
 from pipeline.compare import (
@@ -19,6 +20,7 @@ from pipeline.compare import (
     describe_parity,
     describe_quality,
     describe_speed,
+    groups,
     pareto,
 )
 
@@ -37,13 +39,14 @@ def show(rows: Sequence[Row]) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=int(columns) if columns.isdigit() else PLAIN_WIDTH)
-    console.print(_table(rows))
+    for provenance in dict.fromkeys(r.report.provenance for r in rows):  # they never share a column
+        console.print(_table([r for r in rows if r.report.provenance == provenance]))
     for line in _remarks(rows):
         console.print(line, markup=False, soft_wrap=True)
 
 
 def _table(rows: Sequence[Row]) -> Table:
-    table = Table(title=_conditions(rows), title_justify="left", title_style="")
+    table = Table(title=Text(_conditions(rows)), title_justify="left", title_style="")
     for name, justify in (
         ("variant", "left"),
         ("MiB", "right"),
@@ -58,13 +61,13 @@ def _table(rows: Sequence[Row]) -> Table:
         ("parity", "left"),
     ):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
-    for model in dict.fromkeys(r.artifact.model for r in rows):
-        group = [r for r in rows if r.artifact.model == model]
+    several = len({r.host for r in rows}) > 1
+    for host, model, group in groups(rows):
         front = pareto([r for r in group if r.quality_known])
         table.add_section()
-        table.add_row(f"[bold]{model}[/bold]")
+        table.add_row(Text(f"{host}: {model}" if several else model, style="bold"))
         for row in group:
-            table.add_row(*_cells(row, row.artifact.id in front))
+            table.add_row(*map(Text, _cells(row, row.artifact.id in front)))
     return table
 
 
@@ -91,22 +94,23 @@ def _cells(row: Row, on_front: bool) -> list[str]:
 
 
 def _conditions(rows: Sequence[Row]) -> str:
-    lines: list[str] = []
-    lines += dict.fromkeys(_machine_line(r.report) for r in rows)
-    for model in dict.fromkeys(r.artifact.model for r in rows):
-        first = next(r for r in rows if r.artifact.model == model)
-        conditions = first.quality.conditions if first.quality else {}
+    lines = dict.fromkeys(_machine_line(r.host, r.report) for r in rows)
+    several = len({r.host for r in rows}) > 1
+    for host, model, group in groups(rows):
+        conditions = group[0].quality.conditions if group[0].quality else {}
         shown = ", ".join(f"{k} {v}" for k, v in conditions.items() if not k.endswith("sha256"))
-        lines.append(f"{model}: {shown}" if shown else model)
+        who = f"{host}, {model}" if several else model
+        lines[f"{who}: {shown}" if shown else who] = None
     return "\n".join(lines)
 
 
-def _machine_line(report: Report) -> str:
+def _machine_line(host: str, report: Report) -> str:
     """One line for the machine; the minute of measurement is left to the report files."""
     facts = report.results[0].facts_before
     day = time.strftime("%Y-%m-%d", time.gmtime(facts.time_unix_s))
     threads = f"{report.threads} thread" + ("s" if report.threads > 1 else "")
-    return f"{PROVENANCE[report.provenance]}. {facts.board}, {facts.cpu}, {facts.machine}, {threads}, {day}"
+    who = f"{host}: " if host else ""
+    return f"{who}{PROVENANCE[report.provenance]}. {facts.board}, {facts.cpu}, {facts.machine}, {threads}, {day}"
 
 
 def _remarks(rows: Sequence[Row]) -> list[str]:
@@ -115,7 +119,8 @@ def _remarks(rows: Sequence[Row]) -> list[str]:
         "~ some tensors fell back to another type    ! a run with a warning or a failure"
     ]
     for row in rows:
-        lines += [f"! {row.artifact.name} {task} FAILED: {error}" for task, error in row.failures.items()]
-        lines += [f"! {row.artifact.name} {task}: {'; '.join(texts)}" for task, texts in row.warnings.items()]
+        who = f"{row.host} {row.artifact.name}".strip()
+        lines += [f"! {who} {task} FAILED: {error}" for task, error in row.failures.items()]
+        lines += [f"! {who} {task}: {'; '.join(texts)}" for task, texts in row.warnings.items()]
     lines += dict.fromkeys(f"{r.artifact.model}: {note}" for r in rows for note in r.artifact.notes)
     return [*lines, "", *answer(rows)]

@@ -47,11 +47,16 @@ def smollm2_imatrix(text: Path) -> Path:
 
 
 def peer(name: str) -> Path:
-    """A binary of the same llama.cpp: in $SLIMPI_PEERS, else benchmarks/peers/bin. Building them is not CI's task."""
-    folder = Path(os.environ.get("SLIMPI_PEERS", REPO / "benchmarks" / "peers" / "bin"))
-    if not (folder / name).is_file():
-        pytest.skip(f"no {name} in {folder}: build the peers, or name their folder in SLIMPI_PEERS")
-    return folder / name
+    """A binary of the same llama.cpp: in $SLIMPI_PEERS, else what `make peers` built. CI builds them first."""
+    built = sorted((REPO / "benchmarks" / "peers").glob("llama.cpp-*"))
+    named = os.environ.get("SLIMPI_PEERS")
+    for folder in [Path(named)] if named else built:
+        if (folder / name).is_file():
+            return folder / name
+    reason = f"no {name}: run `make peers`, or name the folder of such tools in SLIMPI_PEERS"
+    if os.environ.get("CI") == "true":
+        pytest.fail(reason)
+    pytest.skip(reason)
 
 
 @functools.cache

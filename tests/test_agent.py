@@ -272,7 +272,9 @@ def test_failed_result_is_marked_with_the_facts_it_ran_in(world: World) -> None:
 def test_warnings_come_with_the_result(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     collect = facts.collect
     monkeypatch.setattr(
-        facts, "collect", lambda: msgspec.structs.replace(collect(), cpu_busy_percent=50.0, throttled_bits=0x50005)
+        facts,
+        "collect",
+        lambda work: msgspec.structs.replace(collect(work), cpu_busy_percent=50.0, throttled_bits=0x50005),
     )
     result = run(world.job("gguf", [Throughput(n_prompt=8, n_gen=4, repetitions=2)]))[0].results[0]
     assert any("50% busy" in warning for warning in result.warnings)

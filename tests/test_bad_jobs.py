@@ -15,7 +15,7 @@ from fakes import LlamaShape, World, artifact, write_csv
 from jobs import FAKES, REPO, golden_job, run
 
 from device import agent, facts
-from device.schema import Job, Parity, Perplexity, SlimpiError, Throughput, Tweets, encode
+from device.schema import Job, Parity, Perplexity, SlimpiError, Throughput, Tweets, decode, encode
 
 
 @pytest.fixture(autouse=True)
@@ -75,6 +75,20 @@ def test_link_out_of_the_folder_is_refused(world: World) -> None:
     inside.rename(world.root / "outside.txt")
     inside.symlink_to(world.root / "outside.txt")
     assert "through a link" in refused(job)
+
+
+@pytest.mark.parametrize("name", ["artifact_dir", "data_dir", "work_dir"])
+@pytest.mark.parametrize("value", ["", "a\0b"])
+def test_folders_that_are_none_are_refused(world: World, name: str, value: str) -> None:
+    job = json.loads(encode(FAKES[Perplexity][0](world))) | {name: value}
+    with pytest.raises(SlimpiError, match="is not a folder's path"):
+        decode(json.dumps(job), Job, "x")
+
+
+def test_links_in_a_circle_are_refused(world: World) -> None:
+    (world.root / "loop").symlink_to(world.root / "loop")
+    job = world.job("gguf", [Throughput()], artifact_dir=str(world.root / "loop"))
+    assert "model.gguf" in refused(job)
 
 
 @pytest.mark.parametrize("path", ["../x", "/etc/passwd", "a/../../x", "a\\b", ".", "", "a//b", "./a"])

@@ -221,3 +221,42 @@ def test_pareto_keeps_exactly_the_unbeaten(points: list[tuple[int, int]]) -> Non
 def test_nothing_to_compare_is_an_error() -> None:
     with pytest.raises(SlimpiError, match="nothing to compare"):
         rows([])
+
+
+def test_devices_have_their_own_sections_answers_and_losses(capsys: pytest.CaptureFixture[str]) -> None:
+    """Two boards may differ in everything; neither's reference serves the other."""
+    one = rows([report("F16", REFERENCE, 270, 5.0), report("Q6_K", SAME, 110, 9.0)], "pi@one")
+    two = rows([report("Q6_K", WORSE, 110, 3.0, threads=2, n_ctx=256)], "pi@two")
+    assert two[0].loss is None
+    assert two[0].loss_note == "no reference measured"
+    show([*one, *two])
+    said = capsys.readouterr().out
+    assert said.count("│ pi@one: m") == said.count("│ pi@two: m") == 1
+    text = "\n".join(answer([*one, *two]))
+    assert "pi@one, m: fastest is Q6_K" in text
+    assert "pi@two, m: no loss was measured" in text
+    assert "pi@two, m: fastest is Q6_K" in text
+
+
+def test_provenances_never_share_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    board = report("F16", REFERENCE)
+    guest = msgspec.structs.replace(report("F16", REFERENCE, decode=999.0), provenance="emulated")
+    show([*rows([board], "pi"), *rows([guest], "emulated")])
+    said = capsys.readouterr().out
+    assert said.count("┏") == said.count("┃ variant") == 2
+    assert "EMULATED" in said
+    assert "emulated, m: which is fastest an emulated machine cannot tell" in said
+
+
+def test_names_with_brackets_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    odd = report("F16", REFERENCE)
+    odd = msgspec.structs.replace(
+        odd, results=[msgspec.structs.replace(r, facts_before=facts(board="[/bold]x[red")) for r in odd.results]
+    )
+    show(rows([odd], "[/]"))
+    assert "[/bold]x[red" in capsys.readouterr().out
+
+
+def test_a_hopeless_model_has_a_perplexity_all_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    show(rows([report("F16", REFERENCE), report("Q2_K", [x + 2000 for x in REFERENCE])]))
+    assert "Q2_K" in capsys.readouterr().out

@@ -1,15 +1,16 @@
-"""Facts parsers against captured-style texts, and the validity rules one by one."""
+"""Facts parsers against captured-style texts."""
 
 from __future__ import annotations
 
 import platform
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
-from device import checks, facts, memory
-from device.schema import Facts, Measurement, Memory
+from device import facts, memory
+from device.schema import Facts
 
 MEMINFO_PI4 = """MemTotal:        7999784 kB
 MemFree:         6121196 kB
@@ -110,21 +111,6 @@ def test_busy_percent() -> None:
 @pytest.mark.parametrize(
     ("parse", "text", "value"),
     [
-        (facts.parse_vcgencmd_clock, "frequency(48)=1500345728\n", 1500.345728),
-        (facts.parse_vcgencmd_clock, "frequency(0)=0\n", None),
-        (facts.parse_vcgencmd_clock, "VCHI initialization failed\n", None),
-        (facts.parse_vcgencmd_clock, None, None),
-        (facts.parse_khz, "1800000\n", 1800.0),
-        (facts.parse_khz, "<unknown>\n", None),
-        (facts.parse_khz, None, None),
-        (facts.parse_throttled, "throttled=0x50005\n", 0x50005),
-        (facts.parse_throttled, "throttled=0x0\n", 0),
-        (facts.parse_throttled, "error=1 error_msg=x\n", None),
-        (facts.parse_throttled, None, None),
-        (facts.parse_millidegrees, "48312\n", 48.312),
-        (facts.parse_millidegrees, "-5000", -5.0),
-        (facts.parse_millidegrees, "", None),
-        (facts.parse_millidegrees, None, None),
         (facts.parse_word, "ondemand\n", "ondemand"),
         (facts.parse_word, None, None),
         (facts.parse_load, "0.52 0.58 0.59 1/389 12345\n", 0.52),
@@ -134,6 +120,61 @@ def test_small_parsers(parse: Any, text: str | None, value: object) -> None:
     assert parse(text) == value
 
 
+def test_revision_from_the_device_tree_or_from_cpuinfo() -> None:
+    assert facts.parse_revision("", bytes.fromhex("00d03114")) == "d03114"
+    assert facts.parse_revision(CPUINFO_PI4, None) == "d03114"
+    assert facts.parse_revision(CPUINFO_PI4, b"") == "d03114"
+    assert facts.parse_revision(CPUINFO_X86, None) is None
+
+
+def test_firmware_names_both_parts_with_their_days() -> None:
+    built = (1726012800).to_bytes(4, "big")  # 2024-09-11
+    loader = b"69471177f23c0a9b8d1e\0"
+    assert facts.parse_firmware("2808975b80f5 of Aug 30 2024", loader, built) == (
+        "2808975b80f5 of Aug 30 2024, boot loader 69471177f23c of 2024-09-11"
+    )
+    assert facts.parse_firmware(None, loader, b"\0") == "boot loader 69471177f23c"
+    assert facts.parse_firmware("x", None, built) == "x"
+    assert facts.parse_firmware(None, None, None) is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("mmcblk0", "SD\n", "0", "ext4"), "SD card mmcblk0, ext4"),
+        (("mmcblk1", "MMC\n", "0", "f2fs"), "eMMC mmcblk1, f2fs"),
+        (("mmcblk0", None, None, ""), "SD card or eMMC mmcblk0"),
+        (("nvme0n1", None, "0\n", "ext4"), "NVMe SSD nvme0n1, ext4"),
+        (("sda", None, "0\n", "ext4"), "SSD or USB stick sda, ext4"),
+        (("sda", None, "1\n", "ext4"), "hard disk sda, ext4"),
+        (("vda", None, "1\n", "ext4"), "virtual disk vda, ext4"),
+        (("zram0", None, "0\n", "ext4"), "block device zram0, ext4"),
+        (("", None, None, "tmpfs"), "no disk of its own, tmpfs"),
+    ],
+)
+def test_storage(arguments: tuple[str, str | None, str | None, str], told: str) -> None:
+    assert facts.parse_storage(*arguments) == told
+
+
+MOUNTINFO = """24 30 0:22 / /proc rw,nosuid shared:12 - proc proc rw
+30 1 179:2 / / rw,noatime shared:1 - ext4 /dev/mmcblk0p2 rw
+31 30 179:1 / /boot/firmware rw,relatime - vfat /dev/mmcblk0p1 rw,fmask=0022
+"""
+
+
+def test_file_system() -> None:
+    assert facts.parse_file_system(MOUNTINFO, "179:2") == "ext4"
+    assert facts.parse_file_system(MOUNTINFO, "179:1") == "vfat"
+    assert facts.parse_file_system(MOUNTINFO, "8:0") == ""
+
+
+def test_storage_of_this_machine(tmp_path: Path) -> None:
+    assert (facts.collect(Path("/dev/shm")).storage or "").endswith(", tmpfs")
+    assert facts.collect(tmp_path).storage
+    assert facts.collect(tmp_path / "missing").storage is None
+    assert facts.collect().storage is None
+
+
 def test_collect_tells_of_this_machine() -> None:
     now = facts.collect()
     assert now.machine == platform.machine()
@@ -141,95 +182,3 @@ def test_collect_tells_of_this_machine() -> None:
     assert 0 < now.mem_available_bytes <= now.mem_total_bytes
     assert now.runtimes.keys() == {"llama-cpp-python", "onnxruntime", "tokenizers", "numpy"}
     assert msgspec.json.decode(msgspec.json.encode(now), type=Facts) == now
-
-
-def test_vcgencmd_is_asked_when_there_is_one(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    tool = tmp_path / "vcgencmd"
-    tool.write_text(
-        '#!/bin/sh\ncase "$*" in\n"measure_clock arm") echo "frequency(48)=1500345728";;\n'
-        'get_throttled) echo "throttled=0x50005";;\n*) exit 1;;\nesac\n'
-    )
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    now = facts.collect()
-    assert (now.clock_mhz, now.throttled_bits) == (1500.345728, 0x50005)
-    tool.write_text("#!/bin/sh\nexit 255\n")
-    assert facts.collect().throttled_bits is None
-
-
-CALM = Facts(
-    time_unix_s=0.0,
-    machine="aarch64",
-    board="Raspberry Pi 4 Model B Rev 1.4",
-    cpu="Cortex-A72 r0p3",
-    cores=4,
-    os="Debian",
-    kernel="6.6",
-    python="3.11",
-    page_size_bytes=4096,
-    mem_total_bytes=8_000_000_000,
-    mem_available_bytes=7_000_000_000,
-    swap_used_bytes=1000,
-    load_1min=3.9,
-    cpu_busy_percent=2.0,
-    clock_mhz=1500.0,
-    throttled_bits=0,
-)
-TASK_MEMORY = Memory(
-    peak_rss_bytes=1, peak_pss_bytes=1, rss_anon_bytes=1, rss_file_bytes=0, swap_bytes=0, major_faults=0
-)
-
-
-def timing(*samples: float, metric: str = "decode_tokens_per_s") -> Measurement:
-    return Measurement(metric=metric, unit="x", samples=list(samples), higher_is_better=True, provenance="host")
-
-
-def warned(
-    before: dict[str, Any] | None = None,
-    after: dict[str, Any] | None = None,
-    measurements: list[Measurement] | None = None,
-    swapped: int = 0,
-) -> list[str]:
-    replace = msgspec.structs.replace
-    return checks.warnings(
-        replace(CALM, **(before or {})),
-        replace(CALM, **(after or {})),
-        measurements or [],
-        replace(TASK_MEMORY, swap_bytes=swapped),
-    )
-
-
-def test_a_calm_run_is_valid() -> None:
-    assert warned(after={"cpu_busy_percent": 99.0, "clock_mhz": 1460.0}, measurements=[timing(10, 10.5, 9.8)]) == []
-    assert checks.warnings(CALM, CALM, [], None) == []
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"before": {"cpu_busy_percent": 10.1}}, "not idle before the run"),
-        ({"after": {"clock_mhz": 1450.0}}, "clock changed by -3.3%"),
-        ({"after": {"clock_mhz": 1550.0}}, "clock changed by +3.3%"),
-        ({"after": {"throttled_bits": 0x1}}, "under-voltage at the time of the run"),
-        ({"before": {"throttled_bits": 0x4}, "after": {"throttled_bits": 0x40000}}, "throttled at the time of the run"),
-        ({"after": {"throttled_bits": 0x20000}}, "clock capped happened during the run"),
-        ({"after": {"throttled_bits": 0x80000}}, "soft temperature limit happened during the run"),
-        ({"after": {"swap_used_bytes": 5_001_000}}, "swap grew by 5.0 MB"),
-        ({"swapped": 2_000_000}, "2.0 MB of the task itself were swapped out"),
-        ({"measurements": [timing(10, 10)]}, "has 2 sample(s), fewer than 3"),
-        ({"measurements": [timing(10, 12, 8)]}, "standard deviation 20% of the mean"),
-        ({"measurements": [timing(*[10] * 30, 15.5)]}, "its largest sample is 52% off the mean"),
-        ({"measurements": [timing(*[10] * 99, 4.5)]}, "its smallest sample is 55% off the mean"),
-    ],
-)
-def test_each_rule_speaks_alone(arguments: dict[str, Any], message: str) -> None:
-    (found,) = warned(**arguments)
-    assert message in found
-
-
-def test_what_is_no_reason_to_warn() -> None:
-    assert warned(before={"throttled_bits": 0x50000}, after={"throttled_bits": 0x50000}) == []  # since boot, not now
-    assert warned(before={"clock_mhz": None}, after={"clock_mhz": 600.0}) == []
-    assert warned(before={"throttled_bits": None}) == []
-    assert warned(after={"swap_used_bytes": 0}) == []
-    assert warned(measurements=[timing(1, 50, metric="latency_ms"), timing(1, 9, metric="nll")]) == []

@@ -1,0 +1,154 @@
+"""Will it fit? The memory a task will need on the device, predicted before anything is sent.
+
+Resident size = weights + KV cache + compute buffers + what Python and the runtime take themselves. Weights are mapped
+from the file and count in full: the kernel may drop their pages, but each token reads all of them, so a model that
+does not stay resident is read again from the card for every token. No tensor is repacked on a Cortex-A72 (llama.cpp's
+repacked kernels for ARM ask for dotprod; ggml-cpu/repack.cpp of 0.3.36), so no weight counts twice.
+
+Calibrated on this project's own Memory figures; tests/test_fit.py holds the errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from device.schema import Artifact, Perplexity, SlimpiError, Task, Throughput, Tweets
+
+MIB = 2**20
+MARGIN = 1.05
+"""On top of the prediction: its error, and what the system itself needs meanwhile."""
+
+N_UBATCH = 512
+CACHE_PAD = 256
+F16_BYTES, F32_BYTES = 2, 4
+
+# llama.cpp's pattern of layers with a sliding window: all but every n-th (src/models/gemma2.cpp, gemma3.cpp).
+WINDOW_PERIOD = {"gemma2": 2, "gemma3": 6}
+
+# Measured, SmolLM2-135M in F16 and Q4_K_M: Python, numpy, libraries (23 MiB file-backed, 28 anonymous).
+LLAMA_BASE_BYTES = 51 * MIB
+VOCAB_ENTRY_BYTES = 250
+# Measured, MiniLM-L6 in fp32 and INT8: Python, ONNX Runtime and tokenizers; the file and its unpacked copy.
+ONNX_BASE_BYTES = 77 * MIB
+ONNX_FILE_FACTOR = 1.36
+ONNX_TEXT_BYTES = 1_750_000
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Predicted peak resident memory of one task's process, in its parts."""
+
+    task: str
+    weights_bytes: int
+    cache_bytes: int
+    compute_bytes: int
+    base_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weights_bytes + self.cache_bytes + self.compute_bytes + self.base_bytes
+
+
+def footprints(artifact: Artifact, folder: Path, tasks: Sequence[Task]) -> list[Footprint]:
+    """One a task; they run one after the other."""
+    entry = folder / artifact.entry
+    if artifact.kind == "onnx":
+        return [_onnx(artifact, task) for task in tasks]
+    from pipeline.gguf_file import read_gguf
+
+    header = read_gguf(entry)
+    embedding = header.tensors.get("token_embd.weight")
+    n_vocab = embedding.shape[0] if embedding else 0
+    return [_llama(artifact, task, header.keys, n_vocab) for task in tasks]
+
+
+def check(name: str, artifact: Artifact, wanted: Sequence[Footprint], available_bytes: int) -> None:
+    """SlimpiError with the numbers if the largest task will not fit into what the device has available."""
+    if not wanted:
+        return
+    most = max(wanted, key=lambda f: f.total_bytes)
+    needed = int(most.total_bytes * MARGIN)
+    if needed > available_bytes:
+        raise SlimpiError(
+            f"{artifact.name} will not fit into the memory of {name}: task {most.task} needs about {needed / 1e6:.0f} "
+            f"MB (weights {most.weights_bytes / 1e6:.0f}, KV cache {most.cache_bytes / 1e6:.0f}, compute "
+            f"{most.compute_bytes / 1e6:.0f}, runtime {most.base_bytes / 1e6:.0f}, margin "
+            f"{(MARGIN - 1) * 100:.0f}%), {available_bytes / 1e6:.0f} MB are available. Take a smaller variant or "
+            "n_ctx, free memory there, or use --force."
+        )
+
+
+def _onnx(artifact: Artifact, task: Task) -> Footprint:
+    texts = task.batch_size if isinstance(task, Tweets) else 1
+    weights = int(artifact.size_bytes * ONNX_FILE_FACTOR)
+    return Footprint(_name(task), weights, 0, texts * ONNX_TEXT_BYTES, ONNX_BASE_BYTES)
+
+
+def _llama(artifact: Artifact, task: Task, keys: dict[str, Any], n_vocab: int) -> Footprint:
+    n_ctx, n_outputs, kept = _shape(artifact, task)
+    rows = min(n_ctx, N_UBATCH)
+    family = str(keys.get("general.architecture", ""))
+    width = _largest(keys.get(f"{family}.embedding_length"))
+    inner = _largest(keys.get(f"{family}.feed_forward_length"))
+    # Logits of a batch exist twice, in the graph and in the context's output; `kept` are the task's own copies.
+    logits = (2 * n_outputs + kept) * n_vocab * F32_BYTES
+    activations = rows * (2 * inner + 6 * width) * F32_BYTES
+    return Footprint(
+        task=_name(task),
+        weights_bytes=artifact.size_bytes,
+        cache_bytes=cache_bytes(keys, n_ctx),
+        compute_bytes=logits + activations,
+        base_bytes=LLAMA_BASE_BYTES + n_vocab * VOCAB_ENTRY_BYTES,
+    )
+
+
+def _shape(artifact: Artifact, task: Task) -> tuple[int, int, int]:
+    """(context length, positions of one batch that give logits, rows of logits the task keeps)."""
+    if isinstance(task, Perplexity):
+        return task.n_ctx, min(task.n_ctx - task.n_ctx // 2, N_UBATCH), 0
+    if isinstance(task, Throughput):
+        return max(task.n_prompt, task.n_gen), 1, 0
+    golden = artifact.golden.n if artifact.golden else 1
+    return CACHE_PAD, golden, 2 * golden
+
+
+def cache_bytes(keys: dict[str, Any], n_ctx: int) -> int:
+    """F16 K and V of every layer; per-layer head counts and sliding windows as the GGUF header tells them."""
+    family = str(keys.get("general.architecture", ""))
+
+    def key(name: str, default: Any = 0) -> Any:
+        return keys.get(f"{family}.{name}", default)
+
+    n_layers = int(key("block_count"))
+    heads = _each(key("attention.head_count"), n_layers)
+    kv_heads = _each(key("attention.head_count_kv", key("attention.head_count")), n_layers)
+    head_size = int(key("embedding_length")) // max(1, *heads) if heads else 0
+    per_head = int(key("attention.key_length", head_size)) + int(key("attention.value_length", head_size))
+    cells = _padded(n_ctx)
+    window = int(_largest(key("attention.sliding_window")))
+    period = WINDOW_PERIOD.get(family)
+    windowed = min(cells, _padded(window + N_UBATCH)) if window and period else cells
+    total = 0
+    for layer, count in enumerate(kv_heads):
+        whole = not period or (layer + 1) % period == 0
+        total += (cells if whole else windowed) * count * per_head * F16_BYTES
+    return total
+
+
+def _padded(n: int) -> int:
+    return -(-n // CACHE_PAD) * CACHE_PAD
+
+
+def _each(value: Any, n: int) -> list[int]:
+    return [int(x) for x in value] if isinstance(value, list) else [int(value or 0)] * n
+
+
+def _largest(value: Any) -> int:
+    return max(map(int, value), default=0) if isinstance(value, list) else int(value or 0)
+
+
+def _name(task: Task) -> str:
+    return str(task.__struct_config__.tag)
