@@ -32,6 +32,9 @@ REPO = Path(__file__).resolve().parent.parent
 LONG = {"n_ctx": 8, "n_chunks": 0}
 
 
+both_ways = pytest.mark.parametrize("rsync", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["rsync", "tar"])
+
+
 @pytest.fixture(scope="module")
 def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[sshd.Server]:
     with sshd.serve(tmp_path_factory.mktemp("sshd")) as running:
@@ -110,6 +113,7 @@ def test_second_deploy_sends_nothing_and_a_changed_file_only_itself(
     assert again["data"] == again["code"] == 0
 
 
+@pytest.mark.slow
 def test_changed_agent_code_sends_only_itself(
     server: sshd.Server, places: Places, text: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,6 +130,7 @@ def test_changed_agent_code_sends_only_itself(
     assert said["artifact"] == said["data"] == 0
 
 
+@pytest.mark.slow
 def test_damaged_code_on_the_device_is_sent_again(server: sshd.Server, places: Places, text: str) -> None:
     folder = make_artifact(places)
     run_on([server.host], [folder], places, text)
@@ -134,7 +139,7 @@ def test_damaged_code_on_the_device_is_sent_again(server: sshd.Server, places: P
     assert run_on([server.host], [folder], places, text, again=True)["box"]
 
 
-@pytest.mark.parametrize("rsync", [True, False], ids=["rsync", "tar"])
+@both_ways
 def test_a_begun_upload_is_continued(
     server: sshd.Server,
     places: Places,
@@ -153,7 +158,7 @@ def test_a_begun_upload_is_continued(
     assert sent(capsys.readouterr().err)["artifact"] == pytest.approx(file.size_bytes / 2, abs=3000)
 
 
-@pytest.mark.parametrize("rsync", [True, False], ids=["rsync", "tar"])
+@both_ways
 def test_a_wrong_beginning_is_sent_anew_and_accepted_only_whole(
     server: sshd.Server, places: Places, text: str, rsync: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,6 +212,7 @@ def test_dropped_links_lose_and_double_nothing(server: sshd.Server, places: Plac
     assert not report.results[0].resumed, "the agent was never told of the link"
 
 
+@pytest.mark.slow
 def test_a_link_that_falls_silent_is_replaced(
     server: sshd.Server,
     places: Places,
@@ -216,6 +222,9 @@ def test_a_link_that_falls_silent_is_replaced(
 ) -> None:
     """No goodbye, as when a router dies: the connection stays open and nothing comes. A new one must be made."""
     monkeypatch.setattr(remote, "SILENCE_S", 8.0)  # above the depot's heartbeat
+    monkeypatch.setattr(remote, "PATIENCE_S", 20.0)
+    # ssh's own watch over the link would close it some time later.
+    host = replace(server.host, ssh_options=(*server.host.ssh_options, "-o", "ServerAliveInterval=1000"))
     frozen: list[psutil.Process] = []
 
     class Freezing(list):  # type: ignore[type-arg]
@@ -229,7 +238,7 @@ def test_a_link_that_falls_silent_is_replaced(
     events = Freezing()
     try:
         folder, text = make_artifact(places), text_file(tmp_path, 600)
-        report = run_on([server.host], [folder], places, text, events, overrides=LONG)
+        report = run_on([host], [folder], places, text, events, overrides=LONG)
     finally:
         for process in frozen:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -276,7 +285,7 @@ def start_host(server: sshd.Server, places: Places, folder: Path, text: str) -> 
 def test_a_host_killed_hard_attaches_again(
     server: sshd.Server, places: Places, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder, text = make_artifact(places), text_file(tmp_path, 600)
+    folder, text = make_artifact(places), text_file(tmp_path, 1500)
     with start_host(server, places, folder, text) as process:
         process.kill()
     events: list[Event] = []
