@@ -20,6 +20,8 @@ from device.schema import Artifact, Measurement, Memory, Report, SlimpiError, Ta
 
 CONFIDENCE = 0.95
 MAX_NATS = 700.0  # exp of more is no float; nothing but a broken model comes near
+# "No difference" recommends a variant only if the interval also rules out a loss as large as this.
+TOLERANCE = {"% ppl": 3.0, "points": 2.0}
 TIMED_TASKS = ("throughput", "tweets")
 
 
@@ -228,6 +230,11 @@ def pareto(candidates: Sequence[Row]) -> set[str]:
     return kept
 
 
+def _worst(loss: Difference) -> float:
+    """The bad end of the interval, in the direction of `_badness`."""
+    return -loss.low if loss.unit == "points" else loss.high
+
+
 def _badness(loss: Difference) -> float:
     """Points of accuracy lost or percent of perplexity gained: more is worse for both."""
     return -loss.mean if loss.unit == "points" else loss.mean
@@ -247,9 +254,13 @@ def answer(candidates: Sequence[Row]) -> list[str]:
         who = f"{host}, {model}" if several else model
         known = [r for r in group if r.quality_known]
         timed = [r for r in group if r.speed_valid and not math.isnan(r.speed)]
-        lossless = [r for r in known if r.loss is None or not (r.loss.significant and _badness(r.loss) > 0)]
+        alike = [r for r in known if r.loss is None or not (r.loss.significant and _badness(r.loss) > 0)]
+        lossless = [r for r in alike if r.loss is None or _worst(r.loss) <= TOLERANCE[r.loss.unit]]
         if lossless:
             lines.append(f"{who}: " + _recommend("smallest without a measurable loss", min(lossless, key=_size)))
+            unsettled = [r.artifact.variant for r in alike if r not in lossless]
+            if unsettled:
+                lines.append(f"{who}: too few samples to judge {', '.join(unsettled)}: measure more chunks or rows.")
         else:
             lines.append(f"{who}: no loss was measured against the reference, so nothing can be recommended.")
         if group[0].report.provenance == "emulated":

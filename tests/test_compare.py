@@ -260,3 +260,10 @@ def test_names_with_brackets_are_no_markup(capsys: pytest.CaptureFixture[str]) -
 def test_a_hopeless_model_has_a_perplexity_all_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     show(rows([report("F16", REFERENCE), report("Q2_K", [x + 2000 for x in REFERENCE])]))
     assert "Q2_K" in capsys.readouterr().out
+
+
+def test_a_wide_interval_recommends_nothing() -> None:
+    vague = [x + d for x, d in zip(REFERENCE, [0.5, -0.4, 0.3, -0.5, 0.4, 0.0], strict=True)]
+    text = "\n".join(answer(rows([report("F16", REFERENCE), report("Q2_K", vague, 30)])))
+    assert "smallest without a measurable loss is F16" in text
+    assert "too few samples to judge Q2_K" in text
