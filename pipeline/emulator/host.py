@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from device.schema import SlimpiError
+from pipeline.locks import locked
 
 # Program -> the Debian package that has it.
 USER_TOOLS: Mapping[str, str] = {"qemu-aarch64-static": "qemu-user-static", "mmdebstrap": "mmdebstrap"}
@@ -89,19 +88,6 @@ def run_tool(
 
 def tail(data: bytes, lines: int = 6) -> str:
     return " | ".join(data.decode(errors="replace").strip().splitlines()[-lines:])
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """One process at a time in this folder; the others wait."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = (folder / ".lock").open("w")
-    except OSError as error:
-        raise SlimpiError(f"cannot write in {folder}: {error.strerror}. Choose another folder.") from error
-    with handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
 
 
 def cached_folder(cache: Path, name: str, make: Callable[[Path], None]) -> Path:

@@ -18,6 +18,7 @@ from device.schema import SlimpiError, decode, write_atomic
 from pipeline.emulator import host
 from pipeline.emulator.image import ALIAS, USER, Image
 from pipeline.emulator.rootfs import CPU
+from pipeline.locks import locked
 
 BOOT_TIMEOUT_S = 300.0
 POWER_OFF_TIMEOUT_S = 60.0
@@ -67,7 +68,7 @@ def boot(
     """
     tools = host.need(host.system_tools())
     state_dir = state_dir.resolve()
-    with host.locked(state_dir):
+    with locked(state_dir):
         last = _read_state(state_dir)
         running = _alive(state_dir, last)
         if running and not fresh and running.image_key == image.key:
