@@ -71,5 +71,8 @@ def test_a_killed_process_holds_nothing(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(SlimpiError, match=r"file/inside: .*Choose another folder"), locked(tmp_path / "file" / "inside"):
+    with (
+        pytest.raises(SlimpiError, match=r"file/inside: .*Choose another folder"),
+        locked(tmp_path / "file" / "inside"),
+    ):
         pytest.fail("got in")
