@@ -57,6 +57,13 @@ WaitCool = Annotated[
 Governor = Annotated[str, typer.Option(help="Clock governor during the run, such as `performance`; needs --sudo.")]
 Sudo = Annotated[bool, typer.Option("--sudo", help="Let --governor use sudo on the device, without a password.")]
 Force = Annotated[bool, typer.Option("--force", help="Run although the predicted memory does not fit the device.")]
+Meter = Annotated[
+    str,
+    typer.Option(
+        help="Power readings of the one device: a .csv (time_unix_s,watts; the device's clock), or a command that is "
+        "run here once a second and prints watts."
+    ),
+]
 Plain = Annotated[bool, typer.Option("--plain", help="Plain lines instead of progress bars.")]
 Only = Annotated[list[str] | None, typer.Option(help="Build only this variant (repeatable); the reference always is.")]
 DeviceName = Annotated[str, typer.Argument(help="The device: what --on takes, but not `local`.")]
@@ -135,6 +142,7 @@ def bench(
     wait_cool: WaitCool = None,
     governor: Governor = "",
     sudo: Sudo = False,
+    meter: Meter = "",
     ssh_config: SshConfig = None,
     plain: Plain = False,
 ) -> None:
@@ -143,7 +151,7 @@ def bench(
         text=text, n_ctx=n_ctx, n_chunks=n_chunks, n_prompt=n_prompt, n_gen=n_gen, repetitions=repetitions,
         rows=rows, text_column=text_column, label_column=label_column, limit=limit,
     )  # fmt: skip
-    limits = _Limits(force, timeout, memory_limit_mib, wait_cool, governor, sudo)
+    limits = _Limits(force, timeout, memory_limit_mib, wait_cool, governor, sudo, meter)
     where = places()
     folders = [find_artifact(where.artifacts, name) for name in artifacts]
     _bench(folders, on, ssh_config, task, threads, overrides, again, limits, plain, where)
@@ -163,6 +171,7 @@ class _Limits:
     wait_cool_c: float | None
     governor: str
     sudo: bool
+    meter: str
 
 
 def _bench(
@@ -179,9 +188,14 @@ def _bench(
 ) -> None:
     """Measure, print the table; a failed device or task makes the exit code 1 after everything is shown."""
     from pipeline.deploy import Settings, bench_all
+    from pipeline.energy import is_csv, readings_of
 
     if limits.governor and not limits.sudo:
         raise SlimpiError(f"--governor {limits.governor} changes the whole device's clock. Add --sudo to allow it.")
+    if limits.meter and len(set(on)) > 1:
+        raise SlimpiError(f"--meter reads one device's power, --on names {len(set(on))}. Measure them one by one.")
+    if limits.meter and is_csv(limits.meter) and not Path(limits.meter).is_file():
+        raise SlimpiError(f"--meter {limits.meter} is not a file. Start your logger first, or give a command.")
     progress = Progressor(plain or len(on) > 1)  # one terminal has room for one bar
     hosts = _hosts(on, ssh_config, where, progress)
     settings = Settings(
@@ -194,9 +208,10 @@ def _bench(
         memory_limit_bytes=limits.memory_limit_mib * 2**20,
         wait_cool_c=limits.wait_cool_c,
         governor=limits.governor,
+        meter=limits.meter,
     )
     reports, errors = bench_all(hosts, folders, where, settings, progress, lambda name: _watch(progress, name))
-    _finish(reports, errors)
+    _finish(reports, errors, {name: readings_of(where.results / name, limits.meter) for name in reports})
 
 
 def _hosts(on: list[str], ssh_config: Path | None, where: Places, progress: Progressor) -> list[Host]:
@@ -217,18 +232,25 @@ def _watch(progress: Progressor, name: str) -> Iterator[Callable[[Event], None]]
 @app.command()
 def compare(
     reports: Annotated[list[Path], typer.Argument(help="report.json files, or folders holding them.")],
+    meter: Meter = "",
 ) -> None:
     """Compare reports taken under the same conditions; unlike ones are refused."""
+    from pipeline.energy import is_csv, readings_of
+
     found: list[Path] = []
     for path in reports:
         found += sorted(path.rglob("report.json")) if path.is_dir() else [path]
     if not found:
         raise SlimpiError(f"no report.json under {', '.join(map(str, reports))}. Run `slimpi bench` first.")
+    if meter and not is_csv(meter):
+        raise SlimpiError(f"--meter {meter!r} is no .csv: what is over cannot be measured by a command. Name the file.")
     by_host: dict[str, list[Report]] = {}
+    folders: dict[str, Path] = {}
     for path in found:
         host = path.resolve().parent.parent.name  # results/<host>/<job>/report.json
         by_host.setdefault(host, []).append(read_record(path, Report))
-    _finish(by_host, [])
+        folders[host] = path.resolve().parent.parent
+    _finish(by_host, [], {host: readings_of(folder, meter) for host, folder in folders.items()})
 
 
 @app.command()
@@ -251,6 +273,7 @@ def deploy(
     wait_cool: WaitCool = None,
     governor: Governor = "",
     sudo: Sudo = False,
+    meter: Meter = "",
     ssh_config: SshConfig = None,
     plain: Plain = False,
 ) -> None:
@@ -258,7 +281,7 @@ def deploy(
     overrides = _given(
         n_ctx=n_ctx, n_chunks=n_chunks, n_prompt=n_prompt, n_gen=n_gen, repetitions=repetitions, limit=limit
     )
-    limits = _Limits(force, timeout, memory_limit_mib, wait_cool, governor, sudo)
+    limits = _Limits(force, timeout, memory_limit_mib, wait_cool, governor, sudo, meter)
     where = places()
     folders = _build(recipes, only, threads, plain, where)
     _bench(folders, on, ssh_config, task, threads, overrides, again, limits, plain, where)
@@ -327,8 +350,12 @@ class _Follower:
                 self.progress.say(f"  {self.name}: {event.message}")
 
 
-def _finish(reports: Mapping[str, Sequence[Report]], errors: Sequence[SlimpiError]) -> None:
-    """Print the table of what there is; then what failed, as one error."""
+def _finish(
+    reports: Mapping[str, Sequence[Report]],
+    errors: Sequence[SlimpiError],
+    readings: Mapping[str, Sequence[tuple[float, float]]],
+) -> None:
+    """Print the table of what there is; then what failed, as one error. readings: of power, by host."""
     from pipeline.compare import rows as compare_rows
     from pipeline.table import show
 
@@ -336,7 +363,9 @@ def _finish(reports: Mapping[str, Sequence[Report]], errors: Sequence[SlimpiErro
     if not measured and len(errors) == 1:
         raise errors[0]
     named = len(measured) > 1 or bool(measured.keys() - {"local"})
-    rows = [row for host, found in measured.items() for row in compare_rows(found, host if named else "")]
+    rows = [
+        row for host, found in measured.items() for row in compare_rows(found, host if named else "", readings.get(host, ()))
+    ]
     if rows:
         show(rows)
     failed = [f"{r.host} {r.artifact.name}".strip() for r in rows if r.failures]

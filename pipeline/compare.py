@@ -17,6 +17,7 @@ import numpy as np
 from scipy import stats
 
 from device.schema import Artifact, Measurement, Memory, Report, SlimpiError, TaskResult
+from pipeline.energy import Energy, Reading, of_task
 
 CONFIDENCE = 0.95
 MAX_NATS = 700.0  # exp of more is no float; nothing but a broken model comes near
@@ -61,6 +62,7 @@ class Row:
     memory: Memory | None
     parity_kl: Measurement | None
     parity_top1: Measurement | None
+    energy: Energy | None
     warnings: dict[str, list[str]]
     failures: dict[str, str]
 
@@ -157,19 +159,23 @@ def check_alike(reports: Sequence[Report]) -> None:
                     )
 
 
-def rows(reports: Sequence[Report], host: str = "") -> list[Row]:
-    """One row a report of one host, losses against the same model's reference; raises if reports are not alike."""
+def rows(reports: Sequence[Report], host: str = "", readings: Sequence[Reading] = ()) -> list[Row]:
+    """One row a report of one host, losses against the same model's reference; raises if reports are not alike.
+
+    readings: of a power meter at this host, in its clock.
+    """
     if not reports:
         raise SlimpiError("there is nothing to compare. Run `slimpi bench ARTIFACT...` first.")
     check_alike(reports)
     references = {r.artifact.model: r for r in reports if r.artifact.reference}
-    return [_row(host, r, references.get(r.artifact.model)) for r in reports]
+    return [_row(host, r, references.get(r.artifact.model), readings) for r in reports]
 
 
-def _row(host: str, report: Report, reference: Report | None) -> Row:
+def _row(host: str, report: Report, reference: Report | None, readings: Sequence[Reading]) -> Row:
     found = _measurements(report)
     loss, note = _loss(found, report, reference)
     memories = [r.memory for r in report.results if r.memory]
+    timed = [r for r in report.results if _task_name(r) in TIMED_TASKS and r.status == "ok"]
     return Row(
         host=host,
         artifact=report.artifact,
@@ -186,6 +192,7 @@ def _row(host: str, report: Report, reference: Report | None) -> Row:
         memory=max(memories, key=lambda m: m.peak_rss_bytes, default=None),
         parity_kl=found.get("kl_divergence"),
         parity_top1=found.get("top1_agreement"),
+        energy=of_task(timed[0], readings) if timed else None,
         # A busy or hot machine changes no logits: what was said of tasks without a clock stays in the report.
         warnings={_task_name(r): r.warnings for r in report.results if r.warnings and _task_name(r) in TIMED_TASKS},
         failures={_task_name(r): r.error for r in report.results if r.status != "ok"},
@@ -328,6 +335,13 @@ def describe_parity(row: Row) -> str:
     if row.parity_kl is None or row.parity_top1 is None:
         return "-"
     return f"KL {row.parity_kl.mean:.1e}, top-1 {100 * row.parity_top1.mean:.0f}%"
+
+
+def describe_energy(row: Row) -> str:
+    """Of the whole timed task: loading, warm-ups and all repetitions."""
+    if row.energy is None:
+        return "-"
+    return f"{row.energy.joules:.1f} J, mean {row.energy.mean_w:.2f} W ({row.energy.source})"
 
 
 def describe_memory(row: Row) -> str:

@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -40,7 +41,7 @@ from device.schema import (
     sha256_file,
     write_atomic,
 )
-from pipeline import board, fit, follow, hosts, remote, sources
+from pipeline import board, energy, fit, follow, hosts, remote, sources
 from pipeline.hosts import LOCAL, Host
 from pipeline.progress import Progressor
 from pipeline.recipes import Bench
@@ -68,6 +69,7 @@ class Settings:
     memory_limit_bytes: int = 0
     wait_cool_c: float | None = None
     governor: str = ""
+    meter: str = ""
 
 
 @dataclass(frozen=True)
@@ -225,13 +227,30 @@ def _runner(
     if host.is_local:
 
         def here() -> None:
-            for folder in folders:
-                with watch(load_artifact(folder).name) as on_event:
-                    found.append(_bench_here(folder, places, settings, on_event, cancel))
+            with _metered(host, places, settings, 0.0, progress):
+                for folder in folders:
+                    with watch(load_artifact(folder).name) as on_event:
+                        found.append(_bench_here(folder, places, settings, on_event, cancel))
 
         return here
     device = links.enter_context(remote.attach(host, progress, cancel))
-    return lambda: _bench_there(device, folders, places, settings, watch, found)
+
+    def there() -> None:
+        with _metered(host, places, settings, device.clock_ahead_s, progress):
+            _bench_there(device, folders, places, settings, watch, found)
+
+    return there
+
+
+def _metered(
+    host: Host, places: Places, settings: Settings, ahead_s: float, progress: Progressor
+) -> AbstractContextManager[None]:
+    """A meter's command runs beside the job and leaves its readings with the results; a CSV is the user's own."""
+    if not settings.meter or energy.is_csv(settings.meter):
+        return nullcontext()
+    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    out = places.results / host.name / energy.POWER_FOLDER / f"{stamp}.csv"
+    return energy.metered(settings.meter, out, ahead_s, progress.say)
 
 
 def _side_by_side(

@@ -11,6 +11,7 @@ import os
 import platform
 import shutil
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -67,6 +68,7 @@ def main(code_id: str) -> None:
         "board": board.read_text().strip("\0 \n") if board.exists() else "",
         "cores": os.cpu_count() or 1,
         "governors": {str(path): path.read_text().strip() for path in governors},
+        "time_unix_s": time.time(),
         "error": error,
     }
     sys.stdout.write(json.dumps(said) + "\n")

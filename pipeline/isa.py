@@ -101,7 +101,6 @@ KNOWN_TO_WORK = {
     "msgspec": "0.22.0",
     "numpy": "2.4.6",
     "onnxruntime": "1.31.1",
-    "psutil": "7.2.2",
     "tokenizers": "0.22.2",
 }
 

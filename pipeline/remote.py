@@ -56,6 +56,7 @@ class Contact(Record, frozen=True, kw_only=True):
     board: Text
     cores: Annotated[int, Meta(ge=1, le=4096)]
     governors: dict[Text, Text]
+    time_unix_s: float
     error: str
 
 
@@ -112,13 +113,17 @@ class Goods:
 
 @dataclass(frozen=True)
 class Device:
-    """A device whose agent code is in place. `sent_bytes` counts what this run sent, by class."""
+    """A device whose agent code is in place. `sent_bytes` counts what this run sent, by class.
+
+    clock_ahead_s: its clock less this machine's, as well as one answer tells.
+    """
 
     host: Host
     contact: Contact
     code_id: str
     progress: Progressor
     cancel: threading.Event
+    clock_ahead_s: float = 0.0
     sent_bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(CLASSES, 0))
 
     @property
@@ -150,7 +155,7 @@ def attach(host: Host, progress: Progressor, cancel: threading.Event) -> Iterato
                 f"{host.name} cannot keep the agent's code in {printable(contact.home)}: {printable(contact.error)}. "
                 "Free some space there or mend its permissions."
             )
-        device = Device(linked, contact, code_id, progress, cancel)
+        device = Device(linked, contact, code_id, progress, cancel, contact.time_unix_s - time.time())
         device.sent_bytes["code"] = sent
         yield device
 

@@ -14,6 +14,7 @@ from device.schema import Report
 from pipeline.compare import (
     Row,
     answer,
+    describe_energy,
     describe_latency,
     describe_loss,
     describe_memory,
@@ -61,13 +62,17 @@ def _table(rows: Sequence[Row]) -> Table:
         ("parity", "left"),
     ):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    has_energy = any(row.energy for row in rows)
+    if has_energy:
+        table.add_column("energy of the timed task")
     several = len({r.host for r in rows}) > 1
     for host, model, group in groups(rows):
         front = pareto([r for r in group if r.quality_known])
         table.add_section()
         table.add_row(Text(f"{host}: {model}" if several else model, style="bold"))
         for row in group:
-            table.add_row(*map(Text, _cells(row, row.artifact.id in front)))
+            cells = _cells(row, row.artifact.id in front) + ([describe_energy(row)] if has_energy else [])
+            table.add_row(*map(Text, cells))
     return table
 
 

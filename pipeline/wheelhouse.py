@@ -40,7 +40,6 @@ PACKAGES = {
     "msgspec": (("msgspec",), "reads and writes the contract"),
     "numpy": (("numpy", "numpy.linalg", "numpy.random"), "arrays"),
     "onnxruntime": (("onnxruntime",), "runs ONNX"),
-    "psutil": (("psutil",), "memory and load"),
     "tokenizers": (("tokenizers",), "tokenizes for ONNX"),
     "typing-extensions": (("typing_extensions",), "imported by llama_cpp"),
 }

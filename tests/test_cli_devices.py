@@ -51,6 +51,9 @@ def artifact(tmp_path: Path) -> Path:
         (["--on", "pi@no.such.host.invalid"], "cannot log in to pi@no.such.host.invalid"),
         (["--on", "pi", "--ssh-config", "/nonexistent"], "no ssh configuration /nonexistent"),
         (["--on", "local", "--governor", "performance"], "Add --sudo"),
+        (["--on", "local", "--meter", "/nonexistent.csv"], "/nonexistent.csv is not a file"),
+        (["--on", "local", "--meter", "no-such-meter"], "no-such-meter does not work"),
+        (["--on", "local", "--on", "pi", "--meter", "x"], "reads one device's power"),
     ],
 )
 def test_failures_are_one_line(slimpi: Run, artifact: Path, arguments: list[str], told: str) -> None:

@@ -51,7 +51,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     monkeypatch.setattr(transport, "cut_link", lambda host: None)
     contact = Contact(
         home="/h", code=True, python="3.11.2", glibc="2.36", machine="aarch64", board="b", cores=4, governors={},
-        error="",
+        time_unix_s=0.0, error="",
     )  # fmt: skip
     return Device(Host("pi", "pi"), contact, "c", Progressor(plain=True), threading.Event())
 

@@ -1,21 +1,18 @@
-"""The trace while a task runs, waiting for a cool CPU, and energy: all against scripted readings."""
+"""The trace while a task runs, and waiting for a cool CPU: all against scripted readings."""
 
 from __future__ import annotations
 
 import itertools
-import math
 import os
 import time
 from collections.abc import Iterator
 
 import pytest
 from fakes import World
-from hypothesis import given
-from hypothesis import strategies as st
 from jobs import run
 
-from device import agent, cooling, energy, facts, sampler
-from device.schema import Note, Perplexity, SlimpiError, Throughput, TracePoint
+from device import agent, cooling, facts, sampler
+from device.schema import Note, Perplexity, Throughput, TracePoint
 
 
 def test_the_first_point_comes_at_once_and_then_one_a_period() -> None:
@@ -173,97 +170,3 @@ def test_only_timed_tasks_wait_and_all_is_told(world: World, monkeypatch: pytest
     assert [event.message for event in events if isinstance(event, Note)] == [str(cooling.Cooling(12.0, 60.5, 50.0))]
     assert [result.cool_wait_s for result in report.results] == [12.0, 0.0]
     assert report.results[0].warnings[0] == "waited 12 s: 60.5 C is still not below wait_cool_c = 50 C"
-
-
-METER = "time_unix_s,watts\n100.0,4.0\n101.0,6.0\n102.0,6.0\n104.0,2.0\n"
-
-
-def test_meter_csv_is_read() -> None:
-    assert energy.parse_meter_csv(METER, "m.csv") == [(100.0, 4.0), (101.0, 6.0), (102.0, 6.0), (104.0, 2.0)]
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "expected the header time_unix_s,watts"),
-        ("watts,time_unix_s\n1,2\n", "expected the header"),
-        (METER + "105\n", "line 6 is '105', expected two numbers"),
-        (METER + "105,1,2\n", "line 6"),
-        (METER + "105,five\n", "line 6 is '105,five'"),
-        (METER + "104.0,2.0\n", "line 6: times must rise"),
-        (METER + "105,-1\n", "watts be >= 0"),
-        (METER + "105,nan\n", "line 6: times must rise and watts"),
-        (METER + "inf,1\n", "line 6"),
-    ],
-)
-def test_bad_meter_csv_names_its_line(text: str, message: str) -> None:
-    with pytest.raises(SlimpiError, match=r"^m\.csv") as caught:
-        energy.parse_meter_csv(text, "m.csv")
-    assert message in str(caught.value)
-
-
-def test_energy_is_the_area_under_the_power() -> None:
-    readings = energy.parse_meter_csv(METER, "m.csv")
-    assert energy.energy_j(readings, 100.0, 104.0) == pytest.approx(5.0 + 6.0 + 8.0)
-    assert energy.energy_j(readings, 100.5, 101.0) == pytest.approx(0.5 * (5.0 + 6.0) / 2)
-    assert energy.energy_j(readings, 102.5, 103.5) == pytest.approx(4.0)
-
-
-@given(
-    st.lists(st.tuples(st.floats(0.1, 5.0), st.floats(0, 20)), min_size=3, max_size=30),
-    st.floats(0, 1),
-    st.floats(0, 1),
-)
-def test_energy_of_two_halves_is_that_of_the_whole(steps: list[tuple[float, float]], one: float, two: float) -> None:
-    times = list(itertools.accumulate(gap_s for gap_s, _ in steps))
-    readings = list(zip(times, (watts for _, watts in steps), strict=True))
-    span = times[-1] - times[0]
-    begin_s, end_s = times[0] + span * min(one, two), times[0] + span * max(one, two)
-    middle_s = (begin_s + end_s) / 2
-    if not begin_s < middle_s < end_s <= times[-1]:
-        return
-    whole = energy.energy_j(readings, begin_s, end_s)
-    assert whole == pytest.approx(
-        energy.energy_j(readings, begin_s, middle_s) + energy.energy_j(readings, middle_s, end_s), abs=1e-6
-    )
-    grid = [begin_s + (end_s - begin_s) * (i + 0.5) / 4000 for i in range(4000)]  # the twin: many thin rectangles
-    rough = math.fsum(_interpolated(readings, t) for t in grid) * (end_s - begin_s) / 4000
-    assert whole == pytest.approx(rough, rel=1e-2, abs=1e-2)
-
-
-def _interpolated(readings: list[tuple[float, float]], time_s: float) -> float:
-    for (t0, p0), (t1, p1) in itertools.pairwise(readings):
-        if t0 <= time_s <= t1:
-            return p0 + (p1 - p0) * (time_s - t0) / (t1 - t0)
-    raise AssertionError(time_s)
-
-
-@pytest.mark.parametrize(
-    ("begin_s", "end_s", "message"),
-    [
-        (99.0, 103.0, "cover 100.0 to 104.0"),
-        (101.0, 104.5, "cover 100.0 to 104.0"),
-        (103.0, 103.0, "must come after"),
-    ],
-)
-def test_energy_is_never_guessed(begin_s: float, end_s: float, message: str) -> None:
-    with pytest.raises(SlimpiError, match=message):
-        energy.energy_j(energy.parse_meter_csv(METER, "m.csv"), begin_s, end_s)
-    with pytest.raises(SlimpiError, match="cover nothing"):
-        energy.energy_j([], 1.0, 2.0)
-    with pytest.raises(SlimpiError, match=r"gap of 11\.0 s"):
-        energy.energy_j([(0.0, 1.0), (11.0, 1.0)], 3.0, 4.0)
-
-
-def test_a_trace_gives_readings_only_where_the_board_measures() -> None:
-    trace = [TracePoint(time_s=0.0, power_w=3.0), TracePoint(time_s=1.0), TracePoint(time_s=2.0, power_w=5.0)]
-    assert energy.of_trace(trace) == [(0.0, 3.0), (2.0, 5.0)]
-    assert energy.of_trace(trace[1:2]) == []
-
-
-def test_a_tasks_energy_holds_the_first_and_last_reading() -> None:
-    trace = [TracePoint(time_s=0.5, power_w=3.0), TracePoint(time_s=1.5, power_w=5.0)]
-    assert energy.of_task_j(trace, 2.0) == pytest.approx(0.5 * 3.0 + 4.0 + 0.5 * 5.0)
-    assert energy.of_task_j([TracePoint(time_s=0.0)], 2.0) is None
-    with pytest.raises(SlimpiError, match="gap of"):
-        energy.of_task_j(trace, 20.0)
