@@ -35,7 +35,8 @@ def wheels(device: Device, places: Places) -> tuple[list[Goods], int]:
         raise SlimpiError(f"{device.host.name} has no glibc. Use 64-bit Debian or Raspberry Pi OS.")
     title = f"{device.host.name}: wheels for Python {python}, glibc {seen.glibc}"
     with _ASSEMBLING, device.progress.step(title) as tick:
-        house = assemble(places.artifacts / ".wheelhouse", python, (glibc[0], glibc[1]), tick)
+        caches = places.artifacts / ".wheelhouse", places.artifacts / ".emulator"
+        house = assemble(caches[0], python, (glibc[0], glibc[1]), tick, emulator_cache=caches[1])
     # The agent's own code goes its own way (first_contact), so that a change in it sends only itself.
     chosen = [wheel for wheel in house.wheels if wheel.package != DEVICE_PACKAGE]
     goods = [Goods(house.folder / w.file, w.sha256, w.size_bytes, "wheels") for w in chosen]

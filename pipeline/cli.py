@@ -364,7 +364,9 @@ def _finish(
         raise errors[0]
     named = len(measured) > 1 or bool(measured.keys() - {"local"})
     rows = [
-        row for host, found in measured.items() for row in compare_rows(found, host if named else "", readings.get(host, ()))
+        row
+        for host, found in measured.items()
+        for row in compare_rows(found, host if named else "", readings.get(host, ()))
     ]
     if rows:
         show(rows)

@@ -19,8 +19,10 @@ import device
 from device.schema import Record, SlimpiError, encode, read_record, sha256_file, write_atomic
 from pipeline import a64, crossbuild, isa
 from pipeline.crossbuild import Build, CompilerName, Glibc
+from pipeline.emulator import host as emulator_host
+from pipeline.emulator.rootfs import user_rootfs
 from pipeline.locks import locked
-from pipeline.progress import Tick, quiet
+from pipeline.progress import Progressor, Tick, quiet
 from pipeline.store import digest, whole_folder
 
 Origin = Literal["registry", "cross-built", "slimpi"]
@@ -76,6 +78,7 @@ class Listing(Record, kw_only=True, frozen=True):
     glibc: list[int]
     wheels: list[Wheel]
     build: Build
+    import_test: str = ""
 
 
 @dataclass(frozen=True)
@@ -102,13 +105,19 @@ class Wheelhouse:
 
 
 def assemble(
-    cache: Path, python: str, glibc: Glibc, progress: Tick = quiet, compiler: CompilerName = "zig"
+    cache: Path,
+    python: str,
+    glibc: Glibc,
+    progress: Tick = quiet,
+    compiler: CompilerName = "zig",
+    emulator_cache: Path | None = None,
 ) -> Wheelhouse:
     """Everything the device with this Python and glibc needs; built once, checked by hash when reused.
 
-    cache: a folder of slimpi's own. The first call downloads 60 MB of wheels and a cross-compiler and compiles
-    llama.cpp. SlimpiError if the Python or glibc is none we support, a wheel cannot be had, the build fails, or a
-    wheel would die on the Pi.
+    cache: a folder of slimpi's own. emulator_cache: where an arm64 system may be made to import the wheels on an
+    emulated Cortex-A72, if this machine has the emulator; the listing says whether that was done. The first call
+    downloads 60 MB of wheels and a cross-compiler and compiles llama.cpp. SlimpiError if the Python or glibc is none
+    we support, a wheel cannot be had, the build fails, or a wheel would die on the Pi.
     """
     _check_target(python, glibc)
     versions = {name: _host_version(name) for name in PACKAGES}
@@ -124,9 +133,22 @@ def assemble(
                 _download(versions, python, glibc, scratch, progress)
                 write_device_wheel(scratch)
                 isa.preflight(sorted(scratch.glob("*.whl")), progress)
-                listing = _describe(scratch, versions, python, glibc, planned)
+                tested = _import_test(sorted(scratch.glob("*.whl")), python, emulator_cache, progress)
+                listing = _describe(scratch, versions, python, glibc, planned, tested)
                 write_atomic(scratch / _LISTING, encode(listing))
     return Wheelhouse(folder, python, glibc, tuple(listing.wheels), listing.build)
+
+
+def _import_test(wheels: Sequence[Path], python: str, emulator_cache: Path | None, progress: Tick) -> str:
+    """What came of importing the wheels on the emulated core, for the listing; SlimpiError if one dies."""
+    if emulator_cache is None:
+        return "skipped: not asked for"
+    if missing := emulator_host.missing_packages(emulator_host.USER_TOOLS):
+        return f"skipped: {', '.join(missing)} not installed on the host"
+    progress(0, 1, "importing the wheels on an emulated Cortex-A72")
+    root = user_rootfs(emulator_cache, Progressor(plain=True), python=python)
+    result = isa.import_test(wheels, modules(), root, python)
+    return f"skipped: {result.skipped}" if result.skipped else f"imported {', '.join(result.imported)}"
 
 
 def modules() -> list[str]:
@@ -168,7 +190,9 @@ def _download(versions: dict[str, str], python: str, glibc: Glibc, folder: Path,
     crossbuild.pip(["download", *options, "--dest", str(folder), "--", *wanted])
 
 
-def _describe(folder: Path, versions: dict[str, str], python: str, glibc: Glibc, planned: Build) -> Listing:
+def _describe(
+    folder: Path, versions: dict[str, str], python: str, glibc: Glibc, planned: Build, import_test: str
+) -> Listing:
     wheels = []
     for path in sorted(folder.glob("*.whl")):
         package, found = isa.package_and_version(path.name)
@@ -189,7 +213,7 @@ def _describe(folder: Path, versions: dict[str, str], python: str, glibc: Glibc,
     missing = {*versions, DEVICE_PACKAGE} - {wheel.package for wheel in wheels}
     if missing or len(wheels) != len(versions) + 1:
         raise SlimpiError(f"the wheelhouse has {[w.file for w in wheels]}; missing: {sorted(missing) or 'none'}.")
-    return Listing(python=python, glibc=list(glibc), wheels=wheels, build=planned)
+    return Listing(python=python, glibc=list(glibc), wheels=wheels, build=planned, import_test=import_test)
 
 
 def _read_intact(folder: Path) -> Listing | None:

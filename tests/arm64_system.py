@@ -15,12 +15,13 @@ from pipeline.store import places
 
 
 @cache
-def arm64_root() -> Path:
-    """$SLIMPI_ARM64_ROOT, or the emulator's own, made if need be; without either the test skips (fails under CI)."""
-    if named := os.environ.get("SLIMPI_ARM64_ROOT"):
+def arm64_root(python: str = "3.11") -> Path:
+    """The emulator's own tree with this Python, made if need be (or, for 3.11, the one that $SLIMPI_ARM64_ROOT names);
+    where there can be none the test skips (fails under CI)."""
+    if (named := os.environ.get("SLIMPI_ARM64_ROOT")) and python == "3.11":
         return Path(named)
     try:
-        return user_rootfs(places().artifacts / ".emulator", Progressor(plain=True))
+        return user_rootfs(places().artifacts / ".emulator", Progressor(plain=True), python=python)
     except SlimpiError as error:
         if os.environ.get("CI") == "true":
             pytest.fail(f"no arm64 system: {error}")

@@ -1,6 +1,8 @@
 """What llama.cpp says of a GGUF, in a process of its own: a bad file aborts the process it is loaded in.
 
 python llama_cpp_side.py logits MODEL TOKENS.npy OUT.npy      float32 (n_tokens, n_vocab)
+python llama_cpp_side.py many TOKENS.npy FOLDER               the same of every .gguf in FOLDER, as NAME.npy; and
+                                                              without repacked weights, as NAME.plain.npy
 python llama_cpp_side.py tokenize MODEL LINES.json OUT.json   token ids of every line, special tokens parsed
 """
 
@@ -36,20 +38,27 @@ def _run(*argv: object) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def _load(path: str, vocab_only: bool) -> object:
+def _load(path: str, vocab_only: bool, repacked: bool = True) -> object:
     import llama_cpp
 
     params = llama_cpp.llama_model_default_params()
     params.vocab_only = vocab_only
+    params.use_extra_bufts = repacked
     model = llama_cpp.llama_model_load_from_file(path.encode(), params)
     assert model, f"llama.cpp does not load {path}"
     return model
 
 
-def _logits(path: str, tokens_path: str, out: str) -> None:
+def _many(tokens_path: str, folder: str) -> None:
+    for path in sorted(Path(folder).glob("*.gguf")):
+        for name, repacked in ((f"{path.stem}.npy", True), (f"{path.stem}.plain.npy", False)):
+            _logits(str(path), tokens_path, str(path.with_name(name)), repacked)
+
+
+def _logits(path: str, tokens_path: str, out: str, repacked: bool = True) -> None:
     import llama_cpp
 
-    model = _load(path, vocab_only=False)
+    model = _load(path, vocab_only=False, repacked=repacked)
     tokens = np.load(tokens_path)
     n = len(tokens)
     params = llama_cpp.llama_context_default_params()
@@ -66,6 +75,8 @@ def _logits(path: str, tokens_path: str, out: str) -> None:
     assert llama_cpp.llama_decode(context, batch) == 0
     n_vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
     np.save(out, np.ctypeslib.as_array(llama_cpp.llama_get_logits(context), (n, n_vocab)))
+    llama_cpp.llama_free(context)
+    llama_cpp.llama_model_free(model)
 
 
 def _tokenize(path: str, lines_path: str, out: str) -> None:
@@ -84,4 +95,4 @@ def _tokenize(path: str, lines_path: str, out: str) -> None:
 
 
 if __name__ == "__main__":
-    {"logits": _logits, "tokenize": _tokenize}[sys.argv[1]](*sys.argv[2:])
+    {"logits": _logits, "many": _many, "tokenize": _tokenize}[sys.argv[1]](*sys.argv[2:])

@@ -112,6 +112,7 @@ def test_sources_move_to_the_guest_release_and_foreign_ones_drop_out() -> None:
     ]
     moved = apt.for_guest([*newer, *foreign, *newer])
     assert [(s.suite, s.components) for s in moved] == [(f"bookworm{pocket}", ("main",)) for pocket in apt.POCKETS]
+    assert [s.suite for s in apt.for_guest(moved, "trixie")] == [f"trixie{pocket}" for pocket in apt.POCKETS]
 
 
 def test_sources_are_found_in_both_places_and_their_absence_is_an_error(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -18,14 +19,16 @@ from arm64_system import arm64_root
 from elf_twin import RET, shared_object
 from onnx_graphs import sample_input, write_graphs
 
-from device.schema import SlimpiError, sha256_file
+from device.schema import SlimpiError, read_record, sha256_file
 from pipeline import crossbuild, isa, wheelhouse
 from pipeline.crossbuild import Build
+from pipeline.emulator import host
 from pipeline.emulator.rootfs import PYTHON, run_user
 from pipeline.progress import quiet
 from pipeline.store import places
 
 BOOKWORM, TRIXIE = (2, 36), (2, 41)
+GLIBC = {"3.11": BOOKWORM, "3.13": TRIXIE}
 SDOT = 0x4E829420
 
 
@@ -118,6 +121,39 @@ def test_a_wheel_that_would_die_leaves_no_wheelhouse(registry: Registry, tmp_pat
     with pytest.raises(SlimpiError, match=r"msgspec-.*may die on a Raspberry Pi 4.*sdot/udot.*dotprod"):
         wheelhouse.assemble(tmp_path, "3.11", BOOKWORM)
     assert left_in(tmp_path) == []
+
+
+def test_a_wheel_that_dies_on_the_emulated_core_leaves_no_wheelhouse(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And one that imports is listed so; without an emulator the listing says that nothing was run."""
+
+    def listed() -> str:
+        (folder,) = (tmp_path / "wheels").glob("wheelhouse-*")
+        return read_record(folder / "wheelhouse.json", wheelhouse.Listing).import_test
+
+    def assemble() -> None:
+        wheelhouse.assemble(tmp_path / "wheels", "3.11", BOOKWORM, emulator_cache=tmp_path / "arm64")
+
+    def die(root: Path, argv: Sequence[str], env: object) -> subprocess.CompletedProcess[bytes]:
+        return subprocess.CompletedProcess(argv, -4 if "numpy" in argv[-1] else 0, b"", b"")
+
+    root = tmp_path / "root"
+    (root / "usr/bin").mkdir(parents=True)
+    (root / "usr/bin/python3.11").touch()
+    monkeypatch.setattr(wheelhouse, "user_rootfs", lambda *_, **__: root)
+    monkeypatch.setattr(isa, "run_user", die)
+    monkeypatch.setattr(host, "find_tool", lambda name: None)
+    assemble()
+    assert listed() == "skipped: mmdebstrap, qemu-user-static not installed on the host"
+    shutil.rmtree(tmp_path / "wheels")
+    monkeypatch.setattr(host, "find_tool", lambda name: f"/usr/bin/{name}")
+    with pytest.raises(SlimpiError, match=r"`import numpy` died of SIGILL.*numpy 2\.4\.6 is known to work"):
+        assemble()
+    assert left_in(tmp_path / "wheels") == []
+    monkeypatch.setattr(isa, "run_user", lambda root, argv, env: subprocess.CompletedProcess(argv, 0, b"", b""))
+    assemble()
+    assert listed() == f"imported {', '.join(wheelhouse.modules())}"
 
 
 def test_another_version_than_asked_for_is_refused(registry: Registry, tmp_path: Path) -> None:
@@ -292,10 +328,14 @@ def test_an_interrupt_ends_the_compilers_too(tmp_path: Path) -> None:
 # --- the real thing: minutes the first time, then from the cache
 
 
+def assembled(python: str) -> wheelhouse.Wheelhouse:
+    cache = os.environ.get("SLIMPI_WHEELHOUSE_CACHE") or places().artifacts / ".wheelhouse"
+    return wheelhouse.assemble(Path(cache), python, GLIBC[python])
+
+
 @pytest.fixture(scope="session")
 def real_house() -> wheelhouse.Wheelhouse:
-    cache = os.environ.get("SLIMPI_WHEELHOUSE_CACHE") or places().artifacts / ".wheelhouse"
-    return wheelhouse.assemble(Path(cache), "3.11", BOOKWORM)
+    return assembled("3.11")
 
 
 @pytest.mark.slow
@@ -312,9 +352,11 @@ def test_the_real_wheelhouse_is_small_and_safe(real_house: wheelhouse.Wheelhouse
 
 
 @pytest.mark.slow
-def test_the_agent_imports_from_the_wheelhouse_alone_on_the_emulated_pi(real_house: wheelhouse.Wheelhouse) -> None:
+@pytest.mark.parametrize("python", wheelhouse.PYTHONS)
+def test_the_agent_imports_from_the_wheelhouse_alone_on_the_emulated_pi(python: str) -> None:
+    """Of bookworm and of trixie."""
     wanted = wheelhouse.modules()
-    assert isa.import_test(real_house.paths, wanted, arm64_root()).imported == tuple(wanted)
+    assert isa.import_test(assembled(python).paths, wanted, arm64_root(python), python).imported == tuple(wanted)
 
 
 @pytest.mark.slow

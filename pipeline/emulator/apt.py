@@ -11,7 +11,10 @@ from pathlib import Path
 
 from device.schema import SlimpiError
 
-GUEST_SUITE = "bookworm"  # Python 3.11, as Raspberry Pi OS 12 has it
+SUITES = {"3.11": "bookworm", "3.13": "trixie"}
+"""The Debian release, as Raspberry Pi OS takes it, by its Python."""
+
+GUEST_SUITE = SUITES["3.11"]
 
 APT_FOLDER = Path("/etc/apt")
 POCKETS = ("", "-updates", "-security")
@@ -84,7 +87,7 @@ def _fields(stanza: str) -> dict[str, str]:
     return fields
 
 
-def for_guest(sources: Iterable[Source]) -> list[Source]:
+def for_guest(sources: Iterable[Source], suite: str = GUEST_SUITE) -> list[Source]:
     """The Debian ones among `sources`, moved to the guest's release, `main` only, without duplicates.
 
     A trixie machine's mirror serves bookworm too; Ubuntu's does not, so its sources drop out.
@@ -94,12 +97,12 @@ def for_guest(sources: Iterable[Source]) -> list[Source]:
         release, dash, pocket = source.suite.partition("-")
         if release not in _DEBIAN_SUITES or dash + pocket not in POCKETS or "main" not in source.components:
             continue
-        wanted[replace(source, suite=f"{GUEST_SUITE}{dash}{pocket}", components=("main",))] = None
+        wanted[replace(source, suite=f"{suite}{dash}{pocket}", components=("main",))] = None
     return list(wanted)
 
 
-def read_sources(folder: Path = APT_FOLDER, only: Path | None = None) -> list[Source]:
-    """This machine's sources for the guest's release; from the one file `only` if given.
+def read_sources(folder: Path = APT_FOLDER, only: Path | None = None, suite: str = GUEST_SUITE) -> list[Source]:
+    """This machine's sources for the guest's release `suite`; from the one file `only` if given.
 
     Raises SlimpiError if no Debian archive is among them.
     """
@@ -113,10 +116,10 @@ def read_sources(folder: Path = APT_FOLDER, only: Path | None = None) -> list[So
         except (OSError, UnicodeDecodeError) as error:
             raise SlimpiError(f"cannot read the apt sources in {path}: {error}. Fix or remove the file.") from error
         found += parse_deb822(text) if path.suffix == ".sources" else parse_one_line(text)
-    usable = for_guest(found)
-    if not any(source.suite == GUEST_SUITE for source in usable):
+    usable = for_guest(found, suite)
+    if not any(source.suite == suite for source in usable):
         raise SlimpiError(
-            f"no Debian archive with {GUEST_SUITE}'s `main` among the apt sources in {only or folder} "
+            f"no Debian archive with {suite}'s `main` among the apt sources in {only or folder} "
             f"({len(found)} read). Name a file that has one (.list or .sources) with --apt-sources."
         )
     return usable

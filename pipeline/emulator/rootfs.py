@@ -21,7 +21,8 @@ from pipeline.emulator import apt, host
 from pipeline.progress import Progressor
 
 DATA = Path(__file__).parent.parent / "data" / "emulator"
-PYTHON = "/usr/bin/python3.11"
+GUEST_PYTHON = "3.11"
+PYTHON = f"/usr/bin/python{GUEST_PYTHON}"
 
 # QEMU's default CPU executes sdot and the rest of what the board lacks, so checks would pass on the wrong kernels.
 CPU = "cortex-a72"
@@ -30,24 +31,26 @@ _USER_PACKAGES = ("base-files", "python3", "libgomp1", "libstdc++6")
 _UNREAD = ("usr/share/doc", "usr/share/man", "usr/share/locale", "usr/share/info", "var/cache", "etc/apt")
 
 
-def user_rootfs(cache: Path, progress: Progressor, apt_sources: Path | None = None) -> Path:
-    """A tree with Python 3.11, libgomp1 and libstdc++6 for `run_user`; made once, then found in `cache`.
+def user_rootfs(cache: Path, progress: Progressor, apt_sources: Path | None = None, python: str = GUEST_PYTHON) -> Path:
+    """A tree of the Debian with this Python (apt.SUITES), libgomp1 and libstdc++6 for `run_user`; made once, then found
+    in `cache`.
 
     Read-only by agreement: install wheels elsewhere and name that folder in PYTHONPATH.
     """
     host.need(host.USER_TOOLS)
-    key = recipe_key({"packages": _USER_PACKAGES, "suite": apt.GUEST_SUITE}, [DATA / "cpuinfo-pi4"])
-    with progress.step("Debian arm64 tree for QEMU's user emulation"):
-        return host.cached_folder(cache, f"user-{key}", partial(_make_user_rootfs, apt_sources=apt_sources)) / "root"
+    key = recipe_key({"packages": _USER_PACKAGES, "suite": apt.SUITES[python]}, [DATA / "cpuinfo-pi4"])
+    make = partial(_make_user_rootfs, apt_sources=apt_sources, python=python)
+    with progress.step(f"Debian {apt.SUITES[python]} arm64 tree for QEMU's user emulation"):
+        return host.cached_folder(cache, f"user-{key}", make) / "root"
 
 
-def _make_user_rootfs(folder: Path, apt_sources: Path | None) -> None:
+def _make_user_rootfs(folder: Path, apt_sources: Path | None, python: str) -> None:
     root = folder / "root"
-    unpack(root, _USER_PACKAGES, apt_sources)
+    unpack(root, _USER_PACKAGES, apt_sources, apt.SUITES[python])
     # onnxruntime reads /proc/cpuinfo at import and crashes on the x86 one; QEMU looks in the tree first.
     (root / "proc").mkdir(exist_ok=True)
     shutil.copyfile(DATA / "cpuinfo-pi4", root / "proc" / "cpuinfo")
-    compile_python(root)
+    compile_python(root, python)
 
 
 def run_user(
@@ -82,15 +85,15 @@ def recipe_key(recipe: Mapping[str, Any], files: Sequence[Path]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def unpack(root: Path, packages: Sequence[str], apt_sources: Path | None) -> None:
-    """Unpack arm64 packages and what they depend on into `root`, with /bin, /lib and /sbin merged into /usr."""
+def unpack(root: Path, packages: Sequence[str], apt_sources: Path | None, suite: str = apt.GUEST_SUITE) -> None:
+    """Unpack a release's arm64 packages and what they need into `root`; /bin, /lib and /sbin merged into /usr."""
     sources = root.parent / "guest.sources"
-    sources.write_text(apt.render(apt.read_sources(only=apt_sources)), encoding="utf-8")
+    sources.write_text(apt.render(apt.read_sources(only=apt_sources, suite=suite)), encoding="utf-8")
     # `extract` runs no maintainer script and `chrootless` neither mounts nor changes root, so no privilege is needed.
     argv = [host.need(host.USER_TOOLS)["mmdebstrap"], "--arch=arm64", "--variant=extract", "--mode=chrootless"]
     argv += [f"--aptopt={option}" for option in apt.access_options()]
-    argv += [f"--include={','.join(packages)}", apt.GUEST_SUITE, str(root), str(sources)]
-    host.run_tool(argv, f"unpack Debian {apt.GUEST_SUITE} for arm64")
+    argv += [f"--include={','.join(packages)}", suite, str(root), str(sources)]
+    host.run_tool(argv, f"unpack Debian {suite} for arm64")
     sources.unlink()
     for name in _UNREAD:
         shutil.rmtree(root / name, ignore_errors=True)
@@ -108,9 +111,9 @@ def _merge_usr(root: Path) -> None:
             old.symlink_to(f"usr/{name}")
 
 
-def compile_python(root: Path) -> None:
+def compile_python(root: Path, python: str = GUEST_PYTHON) -> None:
     """Byte-compile the guest's library, as the package's own script would: emulated, each import is slow without."""
-    folders = [str(root / "usr/lib/python3.11"), str(root / "usr/lib/python3")]
-    done = run_user(root, [PYTHON, "-m", "compileall", "-q", "-s", str(root), *folders])
+    folders = [str(root / f"usr/lib/python{python}"), str(root / "usr/lib/python3")]
+    done = run_user(root, [f"/usr/bin/python{python}", "-m", "compileall", "-q", "-s", str(root), *folders])
     if done.returncode != 0:
         raise SlimpiError(f"the guest's Python does not compile its library: {host.tail(done.stdout + done.stderr)}.")
