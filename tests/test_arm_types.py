@@ -29,7 +29,7 @@ pytestmark = pytest.mark.slow
 WIDE = LlamaShape(dim=256, ffn=512)  # K-quants and IQ types fit: nothing falls back
 N_TOKENS = 24
 MAX_DIFFERENCE = 0.03
-EXACT = {"F32": 1e-5, "F16": 2e-3, "BF16": 2e-2}  # F16, BF16: llama.cpp rounds activations to them on x86 or Arm alone
+EXACT = {"F32": 1e-5, "F16": 5e-3, "BF16": 5e-3}  # x86 and Arm round activations to 16 bits at other places
 SIDE = Path(__file__).with_name("llama_cpp_side.py")
 
 
