@@ -1,0 +1,1 @@
+"""Round to nearest: scales from each group's extremes, no data."""
