@@ -60,37 +60,44 @@ class Format:
 
 
 @dataclass(frozen=True)
-class QTensor:
-    """A matrix in codes: what a file of its format holds, and nothing that it cannot hold.
+class Scales:
+    """The scales of a matrix as its format stores them.
 
-    codes uint8 (rows, columns); d, dmin of the format's float_type (rows, blocks); scale_codes, min_codes int16
-    (rows, groups). dmin and min_codes are None where the format has no offset.
+    d, dmin in the format's float_type, (rows, blocks); scale_codes, min_codes int16 (rows, groups). dmin and
+    min_codes are None where the format has no offset.
     """
 
-    format: Format
-    codes: torch.Tensor
     d: torch.Tensor
     scale_codes: torch.Tensor
     dmin: torch.Tensor | None = None
     min_codes: torch.Tensor | None = None
 
-    def scales(self) -> torch.Tensor:
-        """float32 (rows, groups)."""
+    def values(self) -> torch.Tensor:
+        """Scale of each group: float32 (rows, groups)."""
         return _spread(self.d, self.scale_codes) * self.scale_codes.float()
 
     def offsets(self) -> torch.Tensor | None:
-        """float32 (rows, groups), or None."""
+        """Offset of each group: float32 (rows, groups), or None."""
         if self.dmin is None or self.min_codes is None:
             return None
         return -(_spread(self.dmin, self.min_codes) * self.min_codes.float())
+
+
+@dataclass(frozen=True)
+class QTensor:
+    """A matrix in codes, uint8 (rows, columns): what a file of its format holds, and nothing that it cannot hold."""
+
+    format: Format
+    codes: torch.Tensor
+    scales: Scales
 
     def dequantize(self) -> torch.Tensor:
         """float32 (rows, columns), in ggml's order of operations: (d * scale_code) * value - dmin * min_code."""
         kind = self.format.codes
         assert kind is not None
         grid = torch.tensor(kind.grid, dtype=torch.float32, device=self.codes.device)
-        values = grid[self.codes.long()] * self.scales().repeat_interleave(kind.group_size, 1)
-        offsets = self.offsets()
+        values = grid[self.codes.long()] * self.scales.values().repeat_interleave(kind.group_size, 1)
+        offsets = self.scales.offsets()
         return values if offsets is None else values + offsets.repeat_interleave(kind.group_size, 1)
 
 
