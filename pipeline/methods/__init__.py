@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from pipeline.layers import MethodEntry, each
-from pipeline.methods import rtn
+from pipeline.methods import rtn, search
 
 METHODS: dict[str, MethodEntry] = {
+    # Round to nearest: scales from each group's extremes.
     "rtn": MethodEntry(each(rtn.quantize), "nothing"),
+    # Importance-weighted search of the scales.
+    "search": MethodEntry(each(search.quantize), "means"),
 }
