@@ -31,10 +31,15 @@ class Stats:
 @dataclass(frozen=True)
 class Fold:
     """An input scale that costs nothing at run time: dividing rows of `producer` (a norm's gain, or a matrix and its
-    bias) by s and multiplying the same columns of every one of `consumers` by s leaves the block's function as it is."""
+    bias) by s and multiplying the same columns of every one of `consumers` by s leaves the block's function as it is.
+
+    With grouped queries attn_v has fewer rows than attn_output columns: `head_size` columns after `head_size` columns
+    are the query heads that share one key head, and so its s.
+    """
 
     producer: str
     consumers: tuple[str, ...]
+    head_size: int = 1
 
 
 @dataclass(frozen=True)
