@@ -6,8 +6,9 @@ models; packing to a file's bytes is in `pipeline.packing`, choosing codes in `p
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 import gguf
 import torch
@@ -31,6 +32,8 @@ class Codes:
     The scale of a group is d * scale_code, its offset -dmin * min_code; d and dmin are floats of the whole block.
     scale_range NOT_CODED: a group is a block and d its scale. min_range ABSENT: no offset; NOT_CODED: it is -dmin.
     zero_point: dmin is d itself, so that min_code is the code that means zero.
+    pool: d and dmin are of one group in that many consecutive rows, and there scales and zeros are affine in their
+    codes: scale = d * scale_code + scale_base, zero = dmin * min_code + zero_base, offset = -scale * zero.
     """
 
     group_size: int
@@ -38,11 +41,17 @@ class Codes:
     scale_range: Range = NOT_CODED
     min_range: Range = ABSENT
     zero_point: bool = False
+    pool: int = 1
     float_type: torch.dtype = torch.float16
 
     @property
     def has_offset(self) -> bool:
         return self.min_range != ABSENT
+
+    @property
+    def any_offset(self) -> bool:
+        """Whether an offset may have either sign, so that the grid need not span 0."""
+        return self.min_range == NOT_CODED or self.pool > 1
 
 
 @dataclass(frozen=True)
@@ -64,23 +73,43 @@ class Scales:
     """The scales of a matrix as its format stores them.
 
     d, dmin in the format's float_type, (rows, blocks); scale_codes, min_codes int16 (rows, groups). dmin and
-    min_codes are None where the format has no offset.
+    min_codes are None where the format has no offset. Formats with a pool have d, dmin, scale_base and zero_base of
+    (pools, groups), the last pool perhaps of fewer rows; the others have no bases.
     """
 
     d: torch.Tensor
     scale_codes: torch.Tensor
     dmin: torch.Tensor | None = None
     min_codes: torch.Tensor | None = None
+    scale_base: torch.Tensor | None = None
+    zero_base: torch.Tensor | None = None
+    pool: int = 1
 
     def values(self) -> torch.Tensor:
         """Scale of each group: float32 (rows, groups)."""
-        return _spread(self.d, self.scale_codes) * self.scale_codes.float()
+        values = self._spread(self.d) * self.scale_codes.float()
+        return values if self.scale_base is None else values + self._spread(self.scale_base)
 
     def offsets(self) -> torch.Tensor | None:
         """Offset of each group: float32 (rows, groups), or None."""
         if self.dmin is None or self.min_codes is None:
             return None
-        return -(_spread(self.dmin, self.min_codes) * self.min_codes.float())
+        below = self._spread(self.dmin) * self.min_codes.float()
+        return -below if self.zero_base is None else -(below + self._spread(self.zero_base)) * self.values()
+
+    def _spread(self, stored: torch.Tensor) -> torch.Tensor:
+        rows, groups = self.scale_codes.shape
+        wide = stored.float().repeat_interleave(groups // stored.shape[1], 1)
+        return wide if self.pool == 1 else wide.repeat_interleave(self.pool, 0)[:rows]
+
+
+def side_by_side(parts: Sequence[Scales]) -> Scales:
+    """The scales of a matrix from those of its column slices, each of whole blocks."""
+
+    def joined(tensors: list[Any]) -> Any:
+        return torch.cat(tensors, 1) if isinstance(tensors[0], torch.Tensor) else tensors[0]
+
+    return Scales(**{field.name: joined([getattr(part, field.name) for part in parts]) for field in fields(Scales)})
 
 
 @dataclass(frozen=True)
@@ -99,10 +128,6 @@ class QTensor:
         values = grid[self.codes.long()] * self.scales.values().repeat_interleave(kind.group_size, 1)
         offsets = self.scales.offsets()
         return values if offsets is None else values + offsets.repeat_interleave(kind.group_size, 1)
-
-
-def _spread(per_block: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    return per_block.float().repeat_interleave(like.shape[1] // per_block.shape[1], 1)
 
 
 def _span(low: int, high: int) -> tuple[int, ...]:
@@ -124,13 +149,61 @@ _GGML_CODES = {
     "IQ4_XS": Codes(32, IQ4_GRID, scale_range=(-32, 31)),
 }
 
+# ONNX Runtime's MatMulNBits: a float32 scale a group, and without zero points code 8 or 128 means zero.
+_ONNX_CODES = {
+    f"INT{bits}_G{size}{suffix}": Codes(
+        size,
+        _span(0, 2**bits - 1) if suffix else _span(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1),
+        min_range=(0, 2**bits - 1) if suffix else ABSENT,
+        zero_point=bool(suffix),
+        float_type=torch.float32,
+    )
+    for bits in (4, 8)
+    for size in (16, 32, 64, 128, 256)
+    for suffix in ("", "_ZP")
+}
+
+# MXQ (Zhang et al. 2025): b1 bits in groups of g1, scales and zeros in b2 bits in groups of g2. HQQ's order makes
+# neighbours within a row a group of scales; here it is neighbours within a column, so that column slices are whole.
+_MXQ_POOL, _MXQ_SCALE_BITS = 128, 8
+_MXQ_CODES = {
+    f"MXQ_B{bits}_G{size}": Codes(
+        size,
+        _span(0, 2**bits - 1),
+        scale_range=(0, 2**_MXQ_SCALE_BITS - 1),
+        min_range=(0, 2**_MXQ_SCALE_BITS - 1),
+        pool=_MXQ_POOL,
+    )
+    for bits in (2, 3, 4, 8)
+    for size in (32, 64, 128)
+}
+
+
+def _code_bits(codes: Codes) -> int:
+    return (len(codes.grid) - 1).bit_length()
+
+
+def _onnx_bits(codes: Codes) -> float:
+    return _code_bits(codes) + (32 + (_code_bits(codes) if codes.zero_point else 0)) / codes.group_size
+
+
+def _mxq_bits(codes: Codes) -> float:
+    """The paper's equation 2: b1 + 2 b2 / g1, and for each g2 scales and g2 zeros a float16 scale and base."""
+    return _code_bits(codes) + 2 * _MXQ_SCALE_BITS / codes.group_size + 2 * 2 * 16 / (codes.group_size * codes.pool)
+
+
 FORMATS = {
     ggml_type.name: Format(
         ggml_type.name, 8 * block_bytes / block_size, block_size, ggml_type, _GGML_CODES.get(ggml_type.name)
     )
     for ggml_type, (block_size, block_bytes) in gguf.GGML_QUANT_SIZES.items()
 }
-"""Every type the gguf package knows, by its name."""
+FORMATS |= {
+    name: Format(name, bits_of(codes), codes.group_size, codes=codes)
+    for of_kind, bits_of in ((_ONNX_CODES, _onnx_bits), (_MXQ_CODES, _mxq_bits))
+    for name, codes in of_kind.items()
+}
+"""Every type the gguf package knows by its name there, MatMulNBits' INT<bits>_G<group>[_ZP], and MXQ_B<b1>_G<g1>."""
 
 
 def check_columns(name: str, columns: int, kind: Format) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 
-from pipeline.formats import ABSENT, NOT_CODED, Codes, Format, QTensor, Scales, check_columns
+from pipeline.formats import NOT_CODED, Codes, Format, QTensor, Range, Scales, check_columns
 from pipeline.layers import Stats
 
 
@@ -22,7 +24,7 @@ def extremes(w: torch.Tensor, kind: Format) -> Scales:
     if not codes.has_offset:
         # The grid reaches furthest on its negative side: its end goes to the extreme of larger magnitude.
         return store(torch.where(low.abs() >= high, low, high) / codes.grid[0], None, kind)
-    if codes.min_range != NOT_CODED:
+    if not codes.any_offset:
         low, high = low.clamp(max=0), high.clamp(min=0)
     return store((high - low) / (codes.grid[-1] - codes.grid[0]), low, kind)
 
@@ -34,12 +36,15 @@ def store(scale: torch.Tensor, offset: torch.Tensor | None, kind: Format) -> Sca
     """
     codes = kind.codes
     assert codes is not None
+    if codes.pool > 1:
+        assert offset is not None
+        return _store_pooled(scale, offset, codes)
     blocks = kind.block_size // codes.group_size
     d, scale_codes = _coded(scale, codes.scale_range, blocks, codes.float_type)
     if offset is None:
         return Scales(d, scale_codes)
     if codes.zero_point:
-        zero = (-offset * _inverse(_spread(d, blocks))).round().clamp(*codes.min_range)
+        zero = (-offset * inverse(d.float())).round().clamp(*codes.min_range)
         return Scales(d, scale_codes, d, zero.to(torch.int16))
     dmin, min_codes = _coded(-offset, codes.min_range, blocks, codes.float_type)
     return Scales(d, scale_codes, dmin, min_codes)
@@ -55,7 +60,7 @@ def nearest(w: torch.Tensor, scales: Scales, kind: Format) -> torch.Tensor:
     offset = scales.offsets()
     if offset is not None:
         groups = groups - offset[:, :, None]
-    return to_grid(groups * _inverse(scales.values())[:, :, None], codes).reshape(w.shape)
+    return to_grid(groups * inverse(scales.values())[:, :, None], codes).reshape(w.shape)
 
 
 def to_grid(x: torch.Tensor, codes: Codes) -> torch.Tensor:
@@ -63,7 +68,7 @@ def to_grid(x: torch.Tensor, codes: Codes) -> torch.Tensor:
     grid = codes.grid
     if grid[-1] - grid[0] == len(grid) - 1:
         return (x - 0.5).ceil_().clamp_(grid[0], grid[-1]).sub_(grid[0]).to(torch.uint8)
-    middles = torch.tensor([(a + b) / 2 for a, b in zip(grid, grid[1:], strict=False)], device=x.device)
+    middles = torch.tensor([(a + b) / 2 for a, b in pairwise(grid)], device=x.device)
     return torch.bucketize(x, middles).to(torch.uint8)
 
 
@@ -75,24 +80,37 @@ def codes_of(w: torch.Tensor, kind: Format) -> Codes:
     return kind.codes
 
 
-def _coded(
-    value: torch.Tensor, limits: tuple[int, int], blocks: int, float_type: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
+def inverse(scale: torch.Tensor) -> torch.Tensor:
+    """1 / scale, and 0 for 0."""
+    return torch.where(scale == 0, 0, 1 / scale)
+
+
+def _coded(value: torch.Tensor, limits: Range, blocks: int, kind: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """value (rows, groups) as float (rows, groups / blocks) times integer codes within limits."""
-    assert limits != ABSENT
     if limits == NOT_CODED:
-        d = value.to(float_type)
-        return d, torch.ones_like(value, dtype=torch.int16)
+        return value.to(kind), torch.ones_like(value, dtype=torch.int16)
     of_block = value.reshape(value.shape[0], -1, blocks)
     low, high = of_block.amin(2), of_block.amax(2)
-    top = torch.where(-low > high, low, high) / (limits[0] or limits[1]) if limits[0] else high / limits[1]
-    d = top.to(float_type)
-    return d, (value * _inverse(_spread(d, blocks))).round().clamp(*limits).to(torch.int16)
+    # As with weights: the range reaches furthest on its negative side, if it has one.
+    top = torch.where(low.abs() >= high, low, high) / limits[0] if limits[0] else high / limits[1]
+    d = top.to(kind)
+    codes = (of_block * inverse(d.float())[:, :, None]).round().clamp(*limits)
+    return d, codes.to(torch.int16).reshape(value.shape)
 
 
-def _spread(per_block: torch.Tensor, blocks: int) -> torch.Tensor:
-    return per_block.float().repeat_interleave(blocks, 1)
+def _store_pooled(scale: torch.Tensor, offset: torch.Tensor, codes: Codes) -> Scales:
+    d, base, scale_codes = _affine(scale, codes.scale_range, codes)
+    stored = Scales(d, scale_codes, scale_base=base, pool=codes.pool)
+    dmin, zero_base, min_codes = _affine(-offset * inverse(stored.values()), codes.min_range, codes)
+    return Scales(d, scale_codes, dmin, min_codes, base, zero_base, codes.pool)
 
 
-def _inverse(scale: torch.Tensor) -> torch.Tensor:
-    return torch.where(scale == 0, 0, 1 / scale)
+def _affine(value: torch.Tensor, limits: Range, codes: Codes) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """value (rows, groups) in pools of rows: step and base (pools, groups), and codes with value = base + step code."""
+    rows = value.shape[0]
+    last = value[-1:].expand(-rows % codes.pool, -1)
+    pools = torch.cat([value, last]).reshape(-1, codes.pool, value.shape[1])
+    base = pools.amin(1).to(codes.float_type)
+    step = ((pools.amax(1) - base.float()) / limits[1]).to(codes.float_type)
+    found = ((pools - base.float()[:, None]) * inverse(step.float())[:, None]).round().clamp(*limits)
+    return step, base, found.to(torch.int16).reshape(-1, value.shape[1])[:rows]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pipeline.formats import NOT_CODED, Format, QTensor, Scales
+from pipeline.formats import Format, QTensor, Scales
 from pipeline.layers import Stats
 from pipeline.methods.rtn import codes_of, nearest, store, to_grid
 
@@ -27,7 +27,7 @@ def fit(w: torch.Tensor, importance: torch.Tensor, kind: Format) -> Scales:
     x = w.reshape(w.shape[0], -1, codes.group_size)
     weight = importance.expand(w.shape).reshape(x.shape).clamp(min=1e-30)
     low, high = x.amin(2, keepdim=True), x.amax(2, keepdim=True)
-    if codes.has_offset and codes.min_range != NOT_CODED:
+    if codes.has_offset and not codes.any_offset:
         low, high = low.clamp(max=0), high.clamp(min=0)
     grid = torch.tensor(codes.grid, dtype=torch.float32, device=w.device)
     first = (high - low) / (grid[-1] - grid[0]) if codes.has_offset else torch.maximum(-low, high) / -grid[0]
@@ -47,7 +47,7 @@ def fit(w: torch.Tensor, importance: torch.Tensor, kind: Format) -> Scales:
                     below = (weight * (q - mean_q).square()).sum(2, keepdim=True)
                     scale = torch.where(below > 0, above / below, scale)
                     offset = mean_x - scale * mean_q
-                    if codes.min_range != NOT_CODED:
+                    if not codes.any_offset:
                         offset = offset.clamp(max=0)
                 else:
                     below = (weight * q * q).sum(2, keepdim=True)
