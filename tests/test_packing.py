@@ -73,7 +73,7 @@ def test_bytes_of_llama_cpp_come_back(name: str) -> None:
     w = rng.standard_t(4, (6, 2 * kind.block_size)).astype(np.float32)
     for data in (
         ggml_side.quantize(w, kind.ggml_type),
-        ggml_side.quantize(w, kind.ggml_type, rng.random(w.shape[1], np.float32)),
+        ggml_side.quantize(w, kind.ggml_type, rng.random(w.shape[1:])),
         pack(random_qtensor(kind, 6, w.shape[1], 2)),
     ):
         q = unpack(data, kind, w.shape[1])
