@@ -23,6 +23,9 @@ Series = Literal[
     "kl_nats",
     "top1",
     "recorded",
+    "kld",
+    "nll_difference",
+    "same_top",
 ]
 
 
