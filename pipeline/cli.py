@@ -58,7 +58,13 @@ Governor = Annotated[str, typer.Option(help="Clock governor during the run, such
 Sudo = Annotated[bool, typer.Option("--sudo", help="Let --governor use sudo on the device, without a password.")]
 Force = Annotated[bool, typer.Option("--force", help="Run although the predicted memory does not fit the device.")]
 Plain = Annotated[bool, typer.Option("--plain", help="Plain lines instead of progress bars.")]
-Only = Annotated[list[str] | None, typer.Option(help="Build only this variant (repeatable); the reference always is.")]
+Only = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Build only this variant (repeatable), in the recipe or not, such as Q4_K_M or GPTQ-Q4_K (METHOD-PLAN); "
+        "the reference always is."
+    ),
+]
 DeviceName = Annotated[str, typer.Argument(help="The device: what --on takes, but not `local`.")]
 Again = Annotated[bool, typer.Option("--again", help="Measure again instead of replaying an equal job's samples.")]
 TaskNames = Annotated[
@@ -97,16 +103,15 @@ def build(
 
 def _build(recipes: list[Path], only: list[str] | None, threads: int, plain: bool, where: Places) -> list[Path]:
     from pipeline.build import build as build_recipe  # torch loads in seconds; --help should not wait for it
-    from pipeline.exporters import EXPORTERS
+    from pipeline.exporters import knows
 
     progress = Progressor(plain)
     folders: list[Path] = []
     read = [read_recipe(path) for path in recipes]
-    known = {variant for recipe in read for variant in EXPORTERS[recipe.export].variants}
     for recipe in read:
         progress.say(f"build {recipe.name}: {recipe.note}".rstrip(": "))
         # A variant of another recipe's format is not meant for this one; one that is nobody's is an error.
-        mine = [v for v in only or [] if v in EXPORTERS[recipe.export].variants or v not in known]
+        mine = [v for v in only or [] if knows(recipe, v) or not any(knows(other, v) for other in read)]
         chosen = (mine or [recipe.reference]) if only else None
         folders += build_recipe(recipe, where, progress, _threads(threads), chosen)
     return folders
