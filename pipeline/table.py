@@ -14,6 +14,7 @@ from device.schema import Report
 from pipeline.compare import (
     Row,
     answer,
+    describe_divergence,
     describe_latency,
     describe_loss,
     describe_memory,
@@ -47,6 +48,7 @@ def show(rows: Sequence[Row]) -> None:
 
 def _table(rows: Sequence[Row]) -> Table:
     table = Table(title=Text(_conditions(rows)), title_justify="left", title_style="")
+    diverging = any(r.kld for r in rows)
     for name, justify in (
         ("variant", "left"),
         ("MiB", "right"),
@@ -54,6 +56,7 @@ def _table(rows: Sequence[Row]) -> Table:
         ("linear", "right"),
         ("quality", "left"),
         ("loss against the reference [95%]", "left"),
+        *([("KL divergence [95%]", "left")] if diverging else []),
         ("speed", "left"),
         ("latency", "left"),
         ("load ms", "right"),
@@ -67,11 +70,11 @@ def _table(rows: Sequence[Row]) -> Table:
         table.add_section()
         table.add_row(Text(f"{host}: {model}" if several else model, style="bold"))
         for row in group:
-            table.add_row(*map(Text, _cells(row, row.artifact.id in front)))
+            table.add_row(*map(Text, _cells(row, row.artifact.id in front, diverging)))
     return table
 
 
-def _cells(row: Row, on_front: bool) -> list[str]:
+def _cells(row: Row, on_front: bool, diverging: bool) -> list[str]:
     artifact = row.artifact
     marks = (
         ("*" if on_front else "")
@@ -85,6 +88,7 @@ def _cells(row: Row, on_front: bool) -> list[str]:
         f"{artifact.bits_per_linear_weight:.2f}",
         describe_quality(row),
         describe_loss(row),
+        *([describe_divergence(row)] if diverging else []),
         describe_speed(row),
         describe_latency(row),
         f"{row.load_ms:.0f}" if row.load_ms is not None else "-",
