@@ -20,7 +20,7 @@ from pipeline import sources
 from pipeline.deploy import describe_dataset, run_job
 from pipeline.exporters import EXPORTERS, Context, Exporter, Made, Prepared
 from pipeline.progress import Progressor
-from pipeline.recipes import Recipe, as_dict
+from pipeline.recipes import Recipe, artifact_name, as_dict
 from pipeline.store import (
     Places,
     artifact_id,
@@ -83,7 +83,7 @@ def _id(recipe: Recipe, variant: str, source_sha256: str, places: Places) -> str
     texts = [recipe.calibration.text, recipe.golden.dataset, *([recipe.head.rows] if recipe.head else [])]
     contents = [describe_dataset(name, places).file.sha256 for name in texts]
     reference = variant == recipe.reference
-    return artifact_id(f"{recipe.name}-{variant.lower()}", [parts, variant, reference, source_sha256, contents])
+    return artifact_id(artifact_name(recipe, variant.lower()), [parts, variant, reference, source_sha256, contents])
 
 
 def _intact(folder: Path, progress: Progressor) -> bool:

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from device.schema import Fallback, Kind, ModelTask, SlimpiError, Step, sha256_file
-from pipeline import calibrate, checkpoint, hessians, quantize, sources
+from pipeline import budgets, calibrate, checkpoint, hessians, quantize, sensitivity, sources
 from pipeline import plan as plans
 from pipeline.export import gguf as gguf_export
 from pipeline.export import llama_quantize, onnx
@@ -17,7 +19,7 @@ from pipeline.formats import FORMATS, bits_per_weight
 from pipeline.layers import Stats
 from pipeline.methods import METHODS
 from pipeline.progress import Progressor
-from pipeline.recipes import Recipe
+from pipeline.recipes import Recipe, artifact_name
 from pipeline.store import Places, digest, stage, tool_versions
 from pipeline.tweets import head
 from pipeline.variants import VariantSpec, parse_variant
@@ -123,7 +125,7 @@ def _importance(context: Context, base: Path) -> tuple[Path, Step]:
 
 
 def _make_gguf(context: Context, prepared: Prepared, variant: str, folder: Path) -> Made:
-    out = folder / f"{context.recipe.name}-{variant}.gguf"
+    out = folder / f"{artifact_name(context.recipe, variant)}.gguf"
     spec = parse_variant(variant)
     if spec.method:
         return _quantize_by_method(context, prepared, spec, out)
@@ -156,19 +158,18 @@ def _measured(out: Path, types: dict[str, str]) -> dict[str, Any]:
 
 def _quantize_by_method(context: Context, prepared: Prepared, spec: VariantSpec, out: Path) -> Made:
     """One of METHODS, layer by layer, into the types of a plan."""
-    plan = _plan(context, prepared, spec)
-    calibrated = METHODS[spec.method].needs != "nothing"
-    stats, calibration = _stats(context, prepared.base) if calibrated else ({}, [])
     model = checkpoint.load(prepared.base)
-    device = quantize.compute_device()
+    needed = METHODS[spec.method].needs != "nothing" or spec.bits or spec.mib
+    stats, lineage = _stats(context, prepared.base) if needed else ({}, [])
     shop = quantize.Workshop(
         context.places.stages,
         context.recipe.name,
         weights_key=context.source.sha256,
-        stats_key=[step.settings for step in calibration],
-        device=device,
+        stats_key=[step.settings for step in lineage],
+        device=quantize.compute_device(),
         say=context.progress.say,
     )
+    plan, planning = _plan(context, prepared, spec, model, stats, shop)
     with context.progress.step(f"quantize {spec.name}") as tick:
         parts = quantize.quantize_model(model, spec.method, plan, stats, shop, tick)
     _show(context, parts.notes)
@@ -177,10 +178,10 @@ def _quantize_by_method(context: Context, prepared: Prepared, spec: VariantSpec,
         types = gguf_export.export_gguf(
             model, out, "auto", encode, progress=lambda name, done, total: tick(done, total, name)
         )
-    settings = {"method": spec.method, "plan": spec.uniform or spec.mix, "device": device.type}
+    settings = {"method": spec.method, "plan": spec.name.partition("-")[2], "device": shop.device.type}
     return Made(
         **_measured(out, types),
-        lineage=[*calibration, Step(action="quantize", source="base.gguf", settings=settings)],
+        lineage=[*lineage, *planning, Step(action="quantize", source="base.gguf", settings=settings)],
         fallbacks=list(plan.fallbacks),
         notes=parts.notes,
         spent=parts.blocks,
@@ -214,14 +215,56 @@ def _stats(context: Context, base: Path) -> tuple[dict[str, Stats], list[Step]]:
     return hessians.load_stats(folder), [Step(action="calibrate", source=settings.text, settings=facts)]
 
 
-def _plan(context: Context, prepared: Prepared, spec: VariantSpec) -> plans.Plan:
+def _plan(
+    context: Context,
+    prepared: Prepared,
+    spec: VariantSpec,
+    model: checkpoint.Checkpoint,
+    stats: dict[str, Stats],
+    shop: quantize.Workshop,
+) -> tuple[plans.Plan, list[Step]]:
+    """The spec's plan, resolved to exact tensors, and the steps that led to it."""
     if spec.mix:
         # Some mixes have other types with an importance matrix; llama-quantize's own variants have one.
         importance, _ = _importance(context, prepared.base)
-        return plans.mix(prepared.base, spec.mix, importance)
-    kind = FORMATS[spec.uniform]
+        return plans.mix(prepared.base, spec.mix, importance), []
+    base = plans.read_base(prepared.base)
+    kind = FORMATS[spec.uniform or _EMBEDDINGS_BESIDE_A_BUDGET]
     output = "Q6_K" if kind.bits_per_weight < FORMATS["Q6_K"].bits_per_weight else kind.name
-    return plans.uniform(plans.read_base(prepared.base), kind.name, embeddings=kind.name, output=output)
+    fixed = plans.uniform(base, kind.name, embeddings=kind.name, output=output)
+    if spec.uniform:
+        return fixed, []
+    felt, step = _sensitivity(context, model)
+    with context.progress.step("predict each matrix's divergence in each type") as tick:
+        costs = budgets.predicted_divergence(model, base, stats, felt, shop, tick)
+    if spec.bits:
+        return budgets.within_bits(base, fixed, costs, spec.bits), [step]
+    return budgets.within_bytes(base, fixed, costs, int(spec.mib * 2**20)), [step]
+
+
+_EMBEDDINGS_BESIDE_A_BUDGET = "Q4_K"
+
+
+def _sensitivity(context: Context, model: checkpoint.Checkpoint) -> tuple[dict[str, torch.Tensor], Step]:
+    """How much the output feels each row of the block matrices, on the start of the calibration text."""
+    settings = context.recipe.calibration
+    text = sources.dataset(settings.text, context.places.sources)
+    n_ctx = min(settings.n_ctx, _FELT_CTX)
+    facts = {"n_ctx": n_ctx, "n_chunks": _FELT_CHUNKS, "text_sha256": sha256_file(text)}
+    key = ["sensitivity", context.source.sha256, facts]
+
+    def collect(folder: Path) -> None:
+        with context.progress.step(f"sensitivity of the output on {settings.text}") as tick:
+            chunks = sensitivity.cut(model, text, n_ctx, _FELT_CHUNKS)
+            found = sensitivity.collect(model, chunks, quantize.compute_device(), tick=tick)
+            sensitivity.save(folder / "sensitivity.npz", found)
+
+    folder = stage(context.places.stages, f"{context.recipe.name}-sensitivity", key, collect, context.progress.say)
+    step = Step(action="sensitivity", source=settings.text, settings=facts)
+    return sensitivity.load(folder / "sensitivity.npz"), step
+
+
+_FELT_CTX, _FELT_CHUNKS = 256, 8
 
 
 def _is_block_matrix(tensor: str) -> bool:
