@@ -69,7 +69,19 @@ DeviceName = Annotated[str, typer.Argument(help="The device: what --on takes, bu
 Again = Annotated[bool, typer.Option("--again", help="Measure again instead of replaying an equal job's samples.")]
 TaskNames = Annotated[
     list[str] | None,
-    typer.Option("--task", help="Run only this task (repeatable): parity, throughput, perplexity, tweets."),
+    typer.Option(
+        "--task",
+        help="Run only this task (repeatable): parity, throughput, perplexity, divergence, tweets; or profile, which "
+        "times products of every format in the model's shapes, for plans that keep a budget of time.",
+    ),
+]
+WithDivergence = Annotated[
+    bool,
+    typer.Option(
+        "--divergence",
+        help="Also measure the KL divergence to the reference of each language model, recorded on this machine first "
+        "(2 bytes a scored token and vocabulary entry).",
+    ),
 ]
 Text = Annotated[
     str | None, typer.Option(help="Text for perplexity: demo:NAME, data:PATH, path:FILE, hf:... or a known name.")
@@ -122,6 +134,7 @@ def bench(
     artifacts: Artifacts,
     on: On = ["local"],  # noqa: B006 - typer copies it
     task: TaskNames = None,
+    divergence: WithDivergence = False,
     threads: Threads = 0,
     text: Text = None,
     n_ctx: NCtx = None,
@@ -151,7 +164,7 @@ def bench(
     limits = _Limits(force, timeout, memory_limit_mib, wait_cool, governor, sudo)
     where = places()
     folders = [find_artifact(where.artifacts, name) for name in artifacts]
-    _bench(folders, on, ssh_config, task, threads, overrides, again, limits, plain, where)
+    _bench(folders, on, ssh_config, task, divergence, threads, overrides, again, limits, plain, where)
 
 
 def _given(**options: Any) -> dict[str, Any]:
@@ -175,6 +188,7 @@ def _bench(
     on: list[str],
     ssh_config: Path | None,
     tasks: list[str] | None,
+    divergence: bool,
     threads: int,
     overrides: dict[str, Any],
     again: bool,
@@ -184,11 +198,13 @@ def _bench(
 ) -> None:
     """Measure, print the table; a failed device or task makes the exit code 1 after everything is shown."""
     from pipeline.deploy import Settings, bench_all
+    from pipeline.recordings import tasks_of
 
     if limits.governor and not limits.sudo:
         raise SlimpiError(f"--governor {limits.governor} changes the whole device's clock. Add --sudo to allow it.")
     progress = Progressor(plain or len(on) > 1)  # one terminal has room for one bar
     hosts = _hosts(on, ssh_config, where, progress)
+    diverging = divergence or "divergence" in (tasks or [])
     settings = Settings(
         threads=threads,
         overrides=overrides,
@@ -199,6 +215,7 @@ def _bench(
         memory_limit_bytes=limits.memory_limit_mib * 2**20,
         wait_cool_c=limits.wait_cool_c,
         governor=limits.governor,
+        divergence=tasks_of(folders, overrides, where, _threads(threads), progress) if diverging else {},
     )
     reports, errors = bench_all(hosts, folders, where, settings, progress, lambda name: _watch(progress, name))
     _finish(reports, errors)
@@ -242,6 +259,7 @@ def deploy(
     on: On = ["local"],  # noqa: B006 - typer copies it
     only: Only = None,
     task: TaskNames = None,
+    divergence: WithDivergence = False,
     threads: Threads = 0,
     n_ctx: NCtx = None,
     n_chunks: NChunks = None,
@@ -266,7 +284,7 @@ def deploy(
     limits = _Limits(force, timeout, memory_limit_mib, wait_cool, governor, sudo)
     where = places()
     folders = _build(recipes, only, threads, plain, where)
-    _bench(folders, on, ssh_config, task, threads, overrides, again, limits, plain, where)
+    _bench(folders, on, ssh_config, task, divergence, threads, overrides, again, limits, plain, where)
 
 
 @app.command()
