@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from device import divergence, language, parity, tweets
+from device import divergence, language, parity, profile, tweets
 from device.samples import Taken
 from device.schema import (
     Artifact,
@@ -16,6 +16,7 @@ from device.schema import (
     Measurement,
     Parity,
     Perplexity,
+    Profile,
     RecordGolden,
     RecordLogits,
     Sample,
@@ -55,6 +56,7 @@ TASKS: Mapping[type[Task], TaskSpec] = MappingProxyType(
         RecordGolden: TaskSpec((LM, CLASSIFIER), parity.run_record_golden, parity.summarize_record_golden),
         RecordLogits: TaskSpec((LM,), divergence.run_record_logits, divergence.summarize_record_logits),
         Divergence: TaskSpec((LM,), divergence.run_divergence, divergence.summarize_divergence),
+        Profile: TaskSpec((LM,), profile.run_profile, profile.summarize_profile, timed=True),
     }
 )
 

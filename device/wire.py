@@ -26,6 +26,8 @@ Series = Literal[
     "kld",
     "nll_difference",
     "same_top",
+    "ns_per_weight",
+    "product_error",
 ]
 
 

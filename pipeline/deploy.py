@@ -30,6 +30,7 @@ from device.schema import (
     Job,
     Parity,
     Perplexity,
+    Profile,
     Provenance,
     Report,
     SlimpiError,
@@ -134,10 +135,12 @@ def tasks_for(
     places: Places,
     wanted: list[str] | None = None,
     divergence: Divergence | None = None,
+    profile: Profile | None = None,
 ) -> list[Task]:
     """The tasks that fit the artifact, in the order they run; `wanted` narrows them by name.
 
-    `divergence` comes ready, since its reference must have been recorded before (recordings.record).
+    `divergence` comes ready, since its reference must have been recorded before (recordings.record); so does `profile`,
+    which is about the model's shapes, not the artifact, and runs only where it is wanted by name.
     """
     tasks: dict[str, Callable[[], Task]]
     if artifact.task == "lm":
@@ -150,6 +153,8 @@ def tasks_for(
         }
         if divergence:
             tasks["divergence"] = lambda: divergence
+        if profile:
+            tasks["profile"] = lambda: profile
     else:
         tasks = {
             "parity": Parity,
@@ -278,10 +283,17 @@ def _plan(folder: Path, places: Places, settings: Settings, where: Path, conditi
         places,
         settings.wanted,
         settings.divergence.get(artifact.model),
+        _profile(folder, artifact) if "profile" in (settings.wanted or ()) and artifact.task == "lm" else None,
     )
     name = f"{artifact.name[:60]}-{digest([artifact.id, tasks, *conditions, device_code_version()])[:12]}"
     latest = max((_run_number(path) for path in where.glob(f"{name}.*")), default=0)
     return Plan(folder, artifact, tasks, f"{name}.{latest + 1 if settings.again else max(1, latest)}")
+
+
+def _profile(folder: Path, artifact: Artifact) -> Profile:
+    from pipeline.plan_costs import profile_task  # torch loads in seconds
+
+    return profile_task(folder / artifact.entry)
 
 
 def _job(plan: Plan, folders: tuple[str, str, str], threads: int, kind: Provenance, settings: Settings) -> Job:

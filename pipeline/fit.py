@@ -15,7 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from device.schema import Artifact, Perplexity, SlimpiError, Task, Throughput, Tweets
+from device.schema import (
+    Artifact,
+    Divergence,
+    Perplexity,
+    Profile,
+    RecordLogits,
+    SlimpiError,
+    Task,
+    Throughput,
+    Tweets,
+)
 
 MIB = 2**20
 MARGIN = 1.05
@@ -63,7 +73,19 @@ def footprints(artifact: Artifact, folder: Path, tasks: Sequence[Task]) -> list[
     embedding = header.tensors.get("token_embd.weight")
     n_vocab = embedding.shape[0] if embedding else 0
     n_golden = artifact.golden.n if artifact.golden else 1
-    return [_llama(artifact.size_bytes, task, header.keys, n_vocab, n_golden) for task in tasks]
+    return [
+        _profile(task)
+        if isinstance(task, Profile)
+        else _llama(artifact.size_bytes, task, header.keys, n_vocab, n_golden)
+        for task in tasks
+    ]
+
+
+def _profile(task: Profile) -> Footprint:
+    """It loads no model: a working set of matrices, and the largest one's bytes that they are filled from."""
+    largest = max(p.rows * p.columns * (F32_BYTES if p.format == "F32" else F16_BYTES) for p in task.products)
+    results = task.n_tokens * max(p.rows + p.columns for p in task.products) * F32_BYTES
+    return Footprint(_name(task), max(task.working_set_mib * MIB, largest) + largest, 0, results, LLAMA_BASE_BYTES)
 
 
 def check(name: str, artifact: Artifact, wanted: Sequence[Footprint], available_bytes: int) -> None:
@@ -123,7 +145,7 @@ def _llama(size_bytes: int, task: Task, keys: dict[str, Any], n_vocab: int, n_go
 
 def _shape(task: Task, n_golden: int) -> tuple[int, int, int]:
     """(context length, positions of one batch that give logits, rows of logits the task keeps)."""
-    if isinstance(task, Perplexity):
+    if isinstance(task, Perplexity | RecordLogits | Divergence):
         return task.n_ctx, min(task.n_ctx - task.n_ctx // 2, N_UBATCH), 0
     if isinstance(task, Throughput):
         return max(task.n_prompt, task.n_gen), 1, 0

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from fakes import TEXT, World, artifact
 
@@ -17,6 +18,8 @@ from device.schema import (
     Job,
     Parity,
     Perplexity,
+    Product,
+    Profile,
     RecordGolden,
     RecordLogits,
     Report,
@@ -70,9 +73,17 @@ def divergence_job(world: World) -> Job:
     return world.job("gguf", [task])
 
 
+def profile(**changes: Any) -> Profile:
+    """Two formats and two shapes, a working set of a few matrices."""
+    shapes = [(24, 32), (512, 256)]
+    products = [Product(format=kind, rows=rows, columns=n) for rows, n in shapes for kind in ("Q4_0", "F16")]
+    return Profile(**{"products": products, "working_set_mib": 1, "repetitions": 3} | changes)
+
+
 FAKES: dict[type, list[Callable[[World], Job]]] = {
     Perplexity: [lambda w: w.job("gguf", [Perplexity(dataset=w.dataset("text.txt"), n_ctx=32, n_chunks=3)])],
     Throughput: [lambda w: w.job("gguf", [Throughput(n_prompt=16, n_gen=8, repetitions=3)])],
+    Profile: [lambda w: w.job("gguf", [profile()])],
     Tweets: [lambda w: w.job("onnx", [Tweets(dataset=w.dataset("tweets.csv"), batch_size=2)])],
     Parity: [lambda w: golden_job(w, "gguf"), lambda w: golden_job(w, "onnx")],
     RecordGolden: [
