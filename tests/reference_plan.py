@@ -38,17 +38,18 @@ def best_error(
 def greedy(errors: Tables, sizes: Tables, budget: float) -> dict[str, str]:
     """From the smallest formats, buy the most error per byte while it fits."""
     chosen = {t: min(row, key=lambda kind: (sizes[t][kind], errors[t][kind])) for t, row in errors.items()}
+    used = total(sizes, chosen)
     while True:
         best: Any = None
         for tensor, row in errors.items():
             for kind in row:
                 more = sizes[tensor][kind] - sizes[tensor][chosen[tensor]]
                 gain = errors[tensor][chosen[tensor]] - row[kind]
-                fits = total(sizes, chosen) + more <= budget
-                if gain > 0 and fits and (best is None or gain / max(more, 1e-9) > best[0]):
+                if gain > 0 and used + more <= budget and (best is None or gain / max(more, 1e-9) > best[0]):
                     best = (gain / max(more, 1e-9), tensor, kind)
         if best is None:
             return chosen
+        used += sizes[best[1]][best[2]] - sizes[best[1]][chosen[best[1]]]
         chosen[best[1]] = best[2]
 
 

@@ -149,7 +149,7 @@ def test_our_chains_are_llama_cpps(gguf_path: Path) -> None:
         for fallback in plan.mix(gguf_path, variant, None).fallbacks:
             assert plan.fitting(fallback.tensor, 288, fallback.asked) == (fallback.got, fallback)
             seen.add(fallback.asked)
-    assert seen >= {"Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ3_S"}
+    assert seen >= {"Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ3_S", "IQ4_XS"}
 
 
 def test_a_mix_that_needs_an_importance_matrix_says_so(gguf_path: Path) -> None:
