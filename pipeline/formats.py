@@ -49,9 +49,14 @@ class Codes:
         return self.min_range != ABSENT
 
     @property
+    def is_uniform(self) -> bool:
+        """Whether the grid is all integers from its first to its last."""
+        return self.grid[-1] - self.grid[0] == len(self.grid) - 1
+
+    @property
     def any_offset(self) -> bool:
         """Whether an offset may have either sign, so that the grid need not span 0."""
-        return self.min_range == NOT_CODED or self.pool > 1
+        return self.min_range == NOT_CODED
 
 
 @dataclass(frozen=True)
@@ -125,9 +130,10 @@ class QTensor:
         kind = self.format.codes
         assert kind is not None
         grid = torch.tensor(kind.grid, dtype=torch.float32, device=self.codes.device)
-        values = grid[self.codes.long()] * self.scales.values().repeat_interleave(kind.group_size, 1)
+        groups = self.codes.view(*self.scales.scale_codes.shape, kind.group_size)
+        values = grid[groups.int()].mul_(self.scales.values()[:, :, None])
         offsets = self.scales.offsets()
-        return values if offsets is None else values + offsets.repeat_interleave(kind.group_size, 1)
+        return (values if offsets is None else values.add_(offsets[:, :, None])).view(self.codes.shape)
 
 
 def _span(low: int, high: int) -> tuple[int, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from functools import cache
 
 import torch
 
@@ -65,11 +65,22 @@ def nearest(w: torch.Tensor, scales: Scales, kind: Format) -> torch.Tensor:
 
 def to_grid(x: torch.Tensor, codes: Codes) -> torch.Tensor:
     """uint8 codes of the grid values nearest to x; on ties the lower code."""
-    grid = codes.grid
-    if grid[-1] - grid[0] == len(grid) - 1:
-        return (x - 0.5).ceil_().clamp_(grid[0], grid[-1]).sub_(grid[0]).to(torch.uint8)
-    middles = torch.tensor([(a + b) / 2 for a, b in pairwise(grid)], device=x.device)
-    return torch.bucketize(x, middles).to(torch.uint8)
+    first, last = codes.grid[0], codes.grid[-1]
+    if codes.is_uniform:
+        return (x - 0.5).ceil_().clamp_(first, last).sub_(first).to(torch.uint8)
+    at = (x.clamp(first, last) - first).mul_(2).ceil_().to(torch.int32)
+    return half_steps(codes, x.device).index_select(0, at.flatten()).view(x.shape)
+
+
+@cache
+def half_steps(codes: Codes, device: torch.device) -> torch.Tensor:
+    """uint8: the code nearest to all x in (first + (k - 1) / 2, first + k / 2], for k from 0 to the grid's end.
+
+    Middles between neighbours of an integer grid are ends of such intervals.
+    """
+    insides = [codes.grid[0] + k / 2 - 0.25 for k in range(2 * (codes.grid[-1] - codes.grid[0]) + 1)]
+    nearest_codes = [min(range(len(codes.grid)), key=lambda code: abs(codes.grid[code] - x)) for x in insides]
+    return torch.tensor(nearest_codes, dtype=torch.uint8, device=device)
 
 
 def codes_of(w: torch.Tensor, kind: Format) -> Codes:
@@ -99,13 +110,13 @@ def _coded(value: torch.Tensor, limits: Range, blocks: int, kind: torch.dtype) -
 
 
 def _store_pooled(scale: torch.Tensor, offset: torch.Tensor, codes: Codes) -> Scales:
-    d, base, scale_codes = _affine(scale, codes.scale_range, codes)
+    d, base, scale_codes = store_affine(scale, codes.scale_range, codes)
     stored = Scales(d, scale_codes, scale_base=base, pool=codes.pool)
-    dmin, zero_base, min_codes = _affine(-offset * inverse(stored.values()), codes.min_range, codes)
+    dmin, zero_base, min_codes = store_affine(-offset * inverse(stored.values()), codes.min_range, codes)
     return Scales(d, scale_codes, dmin, min_codes, base, zero_base, codes.pool)
 
 
-def _affine(value: torch.Tensor, limits: Range, codes: Codes) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def store_affine(value: torch.Tensor, limits: Range, codes: Codes) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """value (rows, groups) in pools of rows: step and base (pools, groups), and codes with value = base + step code."""
     rows = value.shape[0]
     last = value[-1:].expand(-rows % codes.pool, -1)
