@@ -87,7 +87,7 @@ def test_round_to_nearest_is_off_by_half_a_step_at_most(name: str) -> None:
     scale = q.scales.values().abs().repeat_interleave(codes.group_size, 1)
     widest = max(b - a for a, b in pairwise(codes.grid))
     # A grid that reaches less far on its positive side clips there; coarse scale codes miss the extremes.
-    coarse = name in ("Q2_K", "Q3_K", "IQ4_NL", "IQ4_XS") or name.startswith("MXQ_B8")
+    coarse = name in ("Q2_K", "Q3_K", "IQ4_NL", "IQ4_XS")
     slack = 1.5 if coarse else 0.55
     assert bool(((q.dequantize() - w).abs() <= scale * widest * (0.5 + slack)).all())
     assert float((q.dequantize() - w).abs().mean()) < 0.5 * float(scale.mean()) * widest
@@ -218,11 +218,11 @@ def test_slices_of_columns_are_fitted_alone(name: str) -> None:
 def assert_as_good(w: torch.Tensor, importance: torch.Tensor, a: Scales, b: Scales, name: str) -> None:
     """Sums in another order may tip near ties, hence nearly equal errors only, and mostly equal scales."""
     kind = FORMATS[name]
-    errors = [
+    ours, theirs = (
         row_errors(w, importance, QTensor(kind, rtn.nearest(w, scales, kind), scales).dequantize()) for scales in (a, b)
-    ]
-    np.testing.assert_allclose(*errors, rtol=0.05)
-    assert float((a.values() == b.values()).float().mean()) > 0.3
+    )
+    np.testing.assert_allclose(ours, theirs, rtol=0.05)
+    assert float(torch.isclose(a.values(), b.values(), rtol=1e-4).float().mean()) > 0.5
 
 
 @pytest.mark.parametrize("name", ["Q4_K", "MXQ_B2_G32"])

@@ -122,6 +122,7 @@ def store_affine(value: torch.Tensor, limits: Range, codes: Codes) -> tuple[torc
     last = value[-1:].expand(-rows % codes.pool, -1)
     pools = torch.cat([value, last]).reshape(-1, codes.pool, value.shape[1])
     base = pools.amin(1).to(codes.float_type)
-    step = ((pools.amax(1) - base.float()) / limits[1]).to(codes.float_type)
+    # A little more than needed, so that rounding to float16 does not leave the last code short of the maximum.
+    step = ((pools.amax(1) - base.float()) / limits[1] * (1 + 2**-11) + 2**-25).to(codes.float_type)
     found = ((pools - base.float()[:, None]) * inverse(step.float())[:, None]).round().clamp(*limits)
     return step, base, found.to(torch.int16).reshape(-1, value.shape[1])[:rows]
