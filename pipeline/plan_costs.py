@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from device.schema import Product, Profile, Report, SlimpiError
+from device.schema import Product, Profile, Report, SlimpiError, write_atomic
 from pipeline.formats import FORMATS
 from pipeline.layers import Layer, Method, Stats
 from pipeline.plan import EMBEDDINGS, OUTPUT, Base, read_base
+from pipeline.store import digest
 
 Costs = dict[str, dict[str, float]]
 PROFILED = (*(name for name, kind in FORMATS.items() if kind.ggml_type and kind.codes), "F16")
@@ -60,6 +63,47 @@ def layer_errors(
         for name, tensor in made.tensors.items():
             errors[prefix + name][kind] = measure(layer.matrices[name] - tensor.dequantize(), stats.get(name))
     return errors
+
+
+def sensitivities(
+    choices: Mapping[str, Sequence[str]],
+    reference: Mapping[str, str],
+    fitness: Callable[[dict[str, str], int], float],
+    n_samples: int,
+    path: Path,
+) -> Costs:
+    """{tensor: {format: by how much fitness rises}} when that one tensor alone leaves the plan `reference`.
+
+    fitness as for `plan_evolve.evolve`, a mean KL divergence for example; what noise makes negative counts as 0.
+    Values are saved to `path` as they are measured, and an ended run goes on. SlimpiError if `path` is another run's.
+    """
+    of = digest([choices, dict(reference), n_samples])
+    state: dict[str, Any] = _read_state(path, of) if path.exists() else {"of": of, "measured": {}}
+    measured: dict[str, float] = state["measured"]
+
+    def value(name: str, kind: str) -> float:
+        key = f"{name} {kind}"
+        if key not in measured:
+            changed = {**reference, name: kind} if name else dict(reference)
+            measured[key] = fitness(changed, n_samples)
+            write_atomic(path, json.dumps(state).encode())
+        return measured[key]
+
+    least = value("", "")
+    return {
+        name: {kind: 0.0 if kind == reference[name] else max(0.0, value(name, kind) - least) for kind in kinds}
+        for name, kinds in choices.items()
+    }
+
+
+def _read_state(path: Path, of: str) -> Any:
+    try:
+        state = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise SlimpiError(f"{path} cannot be read: {error}. Remove it to measure anew.") from error
+    if not isinstance(state, dict) or state.get("of") != of:
+        raise SlimpiError(f"{path} was measured for other choices, reference or samples. Remove it to measure anew.")
+    return state
 
 
 def latencies(report: Report, base: Base, choices: Mapping[str, Iterable[str]]) -> Costs:

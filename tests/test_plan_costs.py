@@ -85,6 +85,39 @@ def test_a_method_that_folds_is_refused() -> None:
         layer_errors(layer, {}, {"blk.3.a.weight": ["Q4_0"]}, folding, MEASURES["frobenius"])
 
 
+def test_sensitivities_change_one_tensor_at_a_time_and_resume(tmp_path: Any) -> None:
+    reference = {"a": "F16", "b": "F16", "c": "Q8_0"}
+    choices = {"a": ["Q4_0", "F16"], "b": ["Q4_0", "Q8_0"]}
+    seen: list[tuple[dict[str, str], int]] = []
+
+    def kld(formats: dict[str, str], n_samples: int) -> float:
+        seen.append((formats, n_samples))
+        loss = {"Q4_0": 0.5, "Q8_0": -0.01, "F16": 0.0}
+        return 0.25 + 2 * loss[formats["a"]] + loss[formats["b"]]
+
+    def ended(formats: dict[str, str], n_samples: int) -> float:
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return kld(formats, n_samples)
+
+    path = tmp_path / "state.json"
+    with pytest.raises(KeyboardInterrupt):
+        plan_costs.sensitivities(choices, reference, ended, 7, path)
+    got = plan_costs.sensitivities(choices, reference, kld, 7, path)
+    assert got == {"a": {"Q4_0": 1.0, "F16": 0.0}, "b": {"Q4_0": 0.5, "Q8_0": 0.0}}, "noise below 0 counts as 0"
+    assert seen == [
+        (reference, 7),
+        ({**reference, "a": "Q4_0"}, 7),
+        ({**reference, "b": "Q4_0"}, 7),
+        ({**reference, "b": "Q8_0"}, 7),
+    ]
+    with pytest.raises(SlimpiError, match="for other choices, reference or samples"):
+        plan_costs.sensitivities(choices, reference, kld, 8, path)
+    path.write_text("{")
+    with pytest.raises(SlimpiError, match="cannot be read"):
+        plan_costs.sensitivities(choices, reference, kld, 7, path)
+
+
 def profile_report(times: dict[tuple[str, int, int], list[float]], n_tokens: int = 1) -> Report:
     measurements = [
         Measurement(
