@@ -89,8 +89,7 @@ def run_divergence(request: Request, task: Divergence) -> Iterator[Started | Sam
         count = n_scored(task.n_ctx)
         yield Started(total=task.n_chunks * 2 * (count + 1))
         open_scoring(model, task.n_ctx)
-        done = min(request.first_missing("kld", "nll_difference") // count, request.first_missing("nll", "same_top"))
-        for i in range(done, task.n_chunks):
+        for i in range(request.first_missing("nll", "same_top"), task.n_chunks):  # the last samples of a chunk
             scores = _score_chunk(model, reference, i)
             _check_finite(job, i, *(s.kld for s in scores), *(s.nll for s in scores))
             for at, score in enumerate(scores, start=i * count):

@@ -203,6 +203,13 @@ def test_a_peer_that_got_its_type_for_free_is_not_on_the_hull() -> None:
     assert with_it == without
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_of_two_peers_of_one_size_the_better_counts(order: int) -> None:
+    twins = [row("Q4", 300, [0.05] * 3), row("Q4_worse", 300, [0.06] * 3)][::order]
+    (verdict,) = verdicts_of([*PEERS[:2], *twins, row("ours", 300, [0.03] * 3, "slimpi")], {"m": (4.5,)})
+    assert (verdict.peers, verdict.ratio) == (["Q4"], pytest.approx(0.6))
+
+
 def test_a_file_of_a_peers_size_is_compared_with_that_peer() -> None:
     (verdict,) = verdicts_of([*PEERS, row("ours", 300, [0.03] * 3, "slimpi")], {"m": (4.5,)})
     assert (verdict.peers, verdict.ratio) == (["Q4"], pytest.approx(0.6))
