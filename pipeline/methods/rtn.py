@@ -9,6 +9,8 @@ import torch
 from pipeline.formats import NOT_CODED, Codes, Format, QTensor, Range, Scales, check_columns
 from pipeline.layers import Stats
 
+_CHUNK = 1 << 17
+
 
 def quantize(w: torch.Tensor, stats: Stats | None, kind: Format) -> tuple[QTensor, list[str]]:
     """w float32 (rows, columns); stats are not looked at."""
@@ -56,11 +58,16 @@ def nearest(w: torch.Tensor, scales: Scales, kind: Format) -> torch.Tensor:
     Where a scale is 0 all codes mean the same: the code of the grid value nearest to 0.
     """
     codes = codes_of(w, kind)
+    inverse_scale, offset = inverse(scales.values())[:, :, None], scales.offsets()
     groups = w.reshape(w.shape[0], -1, codes.group_size)
-    offset = scales.offsets()
-    if offset is not None:
-        groups = groups - offset[:, :, None]
-    return to_grid(groups * inverse(scales.values())[:, :, None], codes).reshape(w.shape)
+    found = torch.empty(groups.shape, dtype=torch.uint8, device=w.device)
+    # Some rows at a time, so that the floats between stay in cache.
+    per_chunk = max(1, _CHUNK // w.shape[1]) if w.device.type == "cpu" else w.shape[0]
+    for start in range(0, w.shape[0], per_chunk):
+        rows = slice(start, start + per_chunk)
+        x = groups[rows] if offset is None else groups[rows] - offset[rows, :, None]
+        found[rows] = to_grid(x * inverse_scale[rows], codes)
+    return found.view(w.shape)
 
 
 def to_grid(x: torch.Tensor, codes: Codes) -> torch.Tensor:

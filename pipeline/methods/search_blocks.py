@@ -7,7 +7,7 @@ over their neighbours; then steps by least squares and integers by climbing take
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -100,15 +100,15 @@ def _first_steps(groups: Groups, fit: Fit, per_block: int) -> _Place:
     _, of_qq, of_q = groups.moments(reciprocal(fit.scale), fit.offset if codes.has_offset else None)
     curvature = of_qq if of_q is None else of_qq - of_q * of_q
     place, least = None, torch.full_like(fit.scale, torch.inf)
-    for factor in _STEP_FACTORS:
-        step, code = _coded(fit.scale, codes.scale_range, per_block, factor, codes)
+    for step, code in _coded(fit.scale, codes.scale_range, per_block, _STEP_FACTORS, codes):
         lost = curvature * (step * code - fit.scale) ** 2
-        for zero_factor in _OFFSET_STEP_FACTORS if codes.has_offset else (1.0,):
-            zero_step, min_code, all_lost = torch.zeros_like(step), torch.zeros_like(step), lost
-            if of_q is not None:
-                below = step * code * of_q - groups.mean
-                zero_step, min_code = _coded(below.clamp(min=0), codes.min_range, per_block, zero_factor, codes)
-                all_lost = lost + (zero_step * min_code - below) ** 2
+        below = torch.zeros_like(step)
+        offsets: Iterable[tuple[torch.Tensor, torch.Tensor]] = [(below, below)]
+        if of_q is not None:
+            below = step * code * of_q - groups.mean
+            offsets = _coded(below.clamp(min=0), codes.min_range, per_block, _OFFSET_STEP_FACTORS, codes)
+        for zero_step, min_code in offsets:
+            all_lost = lost + (zero_step * min_code - below) ** 2
             in_block = _each_group(_sums(all_lost * groups.total, per_block), per_block)
             found = _Place(step, code, zero_step, min_code, -in_block)
             place = found if place is None else place.mixed(found, is_more(least, in_block))
@@ -118,14 +118,15 @@ def _first_steps(groups: Groups, fit: Fit, per_block: int) -> _Place:
 
 
 def _coded(
-    value: torch.Tensor, limits: Range, per_block: int, factor: float, codes: Codes
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """value (n,) as a step for each block, `factor` times the one that just reaches, and integers."""
+    value: torch.Tensor, limits: Range, per_block: int, factors: tuple[float, ...], codes: Codes
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """value (n,) as a step for each block, these factors times the one that just reaches, and integers."""
     in_block = value.view(-1, per_block)
     low, high = in_block.amin(1), in_block.amax(1)
     reach = torch.where(low.abs() >= high, low, high) / limits[0] if limits[0] else high / limits[1]
-    step = _stored(reach * factor, codes, per_block)
-    return step, (value * reciprocal(step)).round_().clamp_(*limits)
+    for factor in factors:
+        step = _stored(reach * factor, codes, per_block)
+        yield step, (value * reciprocal(step)).round_().clamp_(*limits)
 
 
 def _evaluated(groups: Groups, place: _Place) -> _Place:
