@@ -16,7 +16,7 @@ from device.schema import Fallback, SlimpiError
 from pipeline import fit, plan, plan_milp
 from pipeline.export.gguf import read_gguf_types
 from pipeline.export.llama_quantize import quantize_gguf
-from pipeline.formats import FORMATS
+from pipeline.formats import FORMATS, Format
 from pipeline.gguf_file import read_gguf
 
 BASE = plan.Base(
@@ -223,3 +223,10 @@ def test_formats_no_runtime_stores_become_the_nearest_that_one_does() -> None:
         assert found.formats.keys() == made.formats.keys()
     plain = plan.uniform(BASE, "Q4_0", embeddings="Q8_0", output="Q6_K")
     assert plan.loadable(BASE, plain) == plain
+
+
+def test_of_two_formats_as_near_the_larger_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    midway = Format("ODD", 4.75, 32)  # between Q4_0's 4.5 and Q4_1's 5.0
+    monkeypatch.setitem(FORMATS, "ODD", midway)
+    made = plan.Plan({**BASE.formats, "blk.0.ffn_down.weight": "ODD"})
+    assert FORMATS[plan.loadable(BASE, made).formats["blk.0.ffn_down.weight"]].bits_per_weight == 5.0

@@ -122,3 +122,16 @@ def test_on_sums_of_errors_no_search_beats_the_program(model: Any, tmp_path: Pat
     assert kept.fitness == pytest.approx(best.error)
     evolved = evolve(space, found.formats, total, wanted, seed=0, state_path=tmp_path / "more.json", budget_s=60)
     assert best.error * (1 - 1e-9) <= evolved.fitness <= found.fitness
+
+
+def test_bits_count_no_padding_and_files_do() -> None:
+    names = ["blk.0.a.weight", "blk.0.b.weight"]
+    base = plan.Base(dict.fromkeys(names, (1, 32)), dict.fromkeys(names, "F16"), 96)
+    fixed = plan.Plan(base.formats)
+    errors = {name: {"Q4_0": 1.0, "Q8_0": 0.1} for name in names}
+    made, choice = best_plan(base, fixed, errors, Budget(linear_bits=4.5))
+    assert (set(made.formats.values()), choice.size_bytes) == ({"Q4_0"}, 2 * 18)
+    made, choice = best_plan(base, fixed, errors, Budget(file_bytes=96 + 32 + 64))
+    assert (sorted(made.formats.values()), choice.size_bytes) == (["Q4_0", "Q8_0"], 32 + 64)
+    with pytest.raises(SlimpiError, match="the smallest choice takes 64 bytes"):
+        best_plan(base, fixed, errors, Budget(file_bytes=96 + 63))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import random
 from pathlib import Path
@@ -140,6 +141,8 @@ def test_generations_are_elites_mutated_elites_and_children() -> None:
     for child in made[6:]:
         parents = [set(pair) for pair in zip(*ranked, strict=True)]
         assert sum(gene not in parent for gene, parent in zip(child, parents, strict=True)) <= 1
+    mixed = [min(n_different(child, parent) for parent in ranked) for child in made[6:]]
+    assert sum(n > 1 for n in mixed) > len(mixed) / 2, "most children have genes of two parents"
     one_parent = GeneticSettings(population=20, elites=2, mutated_elites=4, mutation_rate=0.0, crossover_rate=0.0)
     for child in plan_search._next_generation(space, ranked, one_parent, rng)[6:]:
         assert min(n_different(child, parent) for parent in ranked) == 1
@@ -155,9 +158,12 @@ def test_winners_are_the_better_ones_of_their_tournaments() -> None:
 
 def test_a_candidate_that_diverged_never_wins() -> None:
     space = space_of(4, None)
-    found = genetic(space, lambda f: math.nan if f["t0"] == "Q2_K" else 1.0, GeneticSettings(generations=3), 0)
-    assert found.fitness == 1.0
-    assert found.formats["t0"] != "Q2_K"
+    for seed in range(10):
+        found = genetic(
+            space, lambda f: math.nan if f["t0"] == "Q2_K" else 1.0, GeneticSettings(generations=2), seed
+        )  # fmt: skip
+        assert found.history == [1.0, 1.0]
+        assert found.formats["t0"] != "Q2_K"
 
 
 def test_genes_without_a_choice_stay() -> None:
@@ -270,6 +276,8 @@ def test_a_search_that_was_ended_gives_the_same_answer(tmp_path: Path, calls: in
     assert (resumed.formats, resumed.fitness) == (whole.formats, whole.fitness)
     assert [(g, v) for g, _, v in resumed.history] == [(g, v) for g, _, v in whole.history]
     assert len(made) == n_whole, "nothing was measured twice"
+    state = json.loads((tmp_path / "ended" / "state.json").read_text())
+    assert (state["measured"], state["generation"]) == ({}, 8), "only the generation under way is kept"
     assert run(space, ended, tmp_path / "ended", wanted).formats == whole.formats, "it is over: nothing is measured"
 
 
@@ -427,3 +435,10 @@ def test_switches_keep_the_budget_and_move_few_levels(seed: int, n: int, bits: f
     made = plan_evolve._offspring(space, parent, SMALL, rng)
     assert len(set(made)) == len(made) <= SMALL.offspring
     assert parent not in made
+
+
+def test_what_lowering_a_large_tensor_leaves_over_is_used() -> None:
+    small = {f"s{i}": {"Q2_K": 10, "Q4_K": 20} for i in range(5)}
+    space = Space({"large": {"Q2_K": 100, "Q4_K": 200}, **small}, 250)
+    for seed in range(10):
+        assert switched(space, (1, 0, 0, 0, 0, 0), 1, random.Random(seed)) == (0, 1, 1, 1, 1, 1)

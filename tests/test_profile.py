@@ -105,7 +105,7 @@ def test_formats_that_cannot_be_are_refused(kind: str, columns: int, says: str) 
 class FakeProducts:
     """Takes 1000 ns a compute() on a clock of its own; relative_error tells which matrix it is of."""
 
-    now_ns = 0
+    now_ns = n_computed = 0
     made: list[tuple[str, int, int]]
 
     def __init__(self, backend: Any, weights: Weights, copies: int, n_tokens: int) -> None:
@@ -120,6 +120,7 @@ class FakeProducts:
 
     def compute(self) -> None:
         FakeProducts.now_ns += 1000
+        FakeProducts.n_computed += 1
 
     def relative_error(self) -> float:
         return self.weights.columns / 1000
@@ -128,6 +129,7 @@ class FakeProducts:
 @pytest.fixture
 def fake_products(monkeypatch: pytest.MonkeyPatch) -> type[FakeProducts]:
     FakeProducts.made = []
+    FakeProducts.n_computed = 0
     monkeypatch.setattr(profile, "Products", FakeProducts)
     monkeypatch.setattr(profile.time, "perf_counter_ns", lambda: FakeProducts.now_ns)
     return FakeProducts
@@ -146,6 +148,7 @@ def test_samples_are_the_time_a_weight(world: World, fake_products: type[FakePro
     expected = [2**20 // q4_0 + 1, 2**20 // f16 + 1]
     assert [n for _, n, _ in fake_products.made[:2]] == [min(1024, n) for n in expected]
     assert fake_products.made[2:4] == [("Q4_0", 14, 2), ("F16", 4, 2)]
+    assert fake_products.n_computed == 2 * 20, "one pass before the clock starts, one timed"
     assert times[0].value == pytest.approx(1000 / (1024 * 24 * 32))
     assert times[6].value == pytest.approx(1000 / (14 * 512 * 256))
     assert [(s.index, s.value) for s in errors] == [(0, 0.032), (1, 0.032), (2, 0.256), (3, 0.256)]
