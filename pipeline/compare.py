@@ -151,16 +151,7 @@ def conditions_key(report: Report) -> dict[str, Any]:
     }
     for result in report.results:
         for measurement in result.measurements:
-            for name in (
-                "n_ctx",
-                "n_chunks",
-                "corpus_sha256",
-                "n_prompt",
-                "n_gen",
-                "batch_size",
-                "n_rows",
-                "reference_sha256",
-            ):
+            for name in _MUST_EQUAL:
                 if name in measurement.conditions:
                     key[f"{measurement.metric}.{name}"] = measurement.conditions[name]
     return key
