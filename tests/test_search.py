@@ -13,13 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from device.schema import SlimpiError
-from pipeline.formats import FORMATS, Codes, QTensor, Scales, side_by_side
+from pipeline.formats import FORMATS, Codes, Format, QTensor, Scales, side_by_side
 from pipeline.layers import Layer, Stats
 from pipeline.methods import METHODS, rtn, search
 from pipeline.methods.search_groups import Groups, fit_groups
 
 CODED = [name for name, kind in FORMATS.items() if kind.codes]
 GGUF_CODES = [name for name in CODED if FORMATS[name].ggml_type]
+FLOAT = torch.float32
 # One of each kind of every format's arithmetic, for the slower tests.
 KINDS = ["Q4_0", "Q4_1", "Q8_0", "IQ4_NL", "Q2_K", "Q3_K", "Q5_K", "Q6_K", "IQ4_XS", "INT4_G32_ZP", "MXQ_B3_G64"]
 
@@ -93,6 +94,18 @@ def test_round_to_nearest_is_off_by_half_a_step_at_most(name: str) -> None:
     assert float((q.dequantize() - w).abs().mean()) < 0.5 * float(scale.mean()) * widest
 
 
+@pytest.mark.parametrize("name", ["Q4_1", "Q4_K", "Q5_K", "INT4_G32_ZP", "INT8_G64_ZP"])
+def test_round_to_nearest_of_weights_of_one_sign(name: str) -> None:
+    """Where offsets cannot be positive, or zero must have a code, the grid begins or ends at 0."""
+    kind = FORMATS[name]
+    codes = kind.codes
+    assert codes is not None
+    w, _ = matrix(2, 2 * kind.block_size, "gaussian")
+    w = torch.stack([w[0].abs() + 0.1, -w[1].abs() - 0.1])
+    q, _ = rtn.quantize(w, None, kind)
+    assert float((q.dequantize() - w).abs().max()) <= 1.1 * float(w.abs().max()) / codes.grid[-1]
+
+
 @pytest.mark.parametrize(("grid", "size"), [((-4, 3), 16), ((-8, 7), 32), ((-16, 15), 16)])
 def test_free_scales_come_near_the_exact_optimum(grid: tuple[int, int], size: int) -> None:
     codes = Codes(size, tuple(range(grid[0], grid[1] + 1)))
@@ -125,6 +138,57 @@ def test_free_offsets_come_near_the_exact_optimum() -> None:
     )
     assert (found >= best * (1 - 1e-4) - 1e-9).all()
     assert found.mean() <= 1.05 * best.mean()
+
+
+def test_zero_points_come_near_the_exact_optimum() -> None:
+    """Every zero point tried, each with the exactly best scale."""
+    kind = Format("toy", 2, 12, codes=Codes(12, tuple(range(8)), min_range=(0, 7), zero_point=True, float_type=FLOAT))
+    assert kind.codes is not None
+    rng = np.random.default_rng(7)
+    w = rng.standard_normal((1, 12 * 12)) + np.repeat(rng.standard_normal(12), 12)
+    importance = np.exp(rng.standard_normal(12 * 12))
+    wt, it = torch.from_numpy(w).float(), torch.from_numpy(importance).float()
+    scales = search.fit(wt, it, kind)
+    offsets = scales.offsets()
+    assert offsets is not None
+    found = Groups(wt, it, kind.codes).errors(scales.values().flatten(), offsets.flatten()).numpy()
+    shifted = [Codes(12, tuple(range(-zero, 8 - zero))) for zero in range(8)]
+    best = np.array(
+        [
+            min(reference_search.best_scale(x, weight, codes) for codes in shifted)
+            for x, weight in zip(w.reshape(12, 12), importance.reshape(12, 12), strict=True)
+        ]
+    )
+    assert (found >= best * (1 - 1e-4)).all()
+    assert found.mean() <= 1.1 * best.mean()
+
+
+# Above the error that scales and offsets stored exactly would leave: what storing them in the format costs. Below 1
+# is possible where integer scales are searched further than the free ones.
+STORED = {
+    "Q2_K": 1.08,
+    "Q3_K": 1.015,
+    "Q4_K": 1.045,
+    "Q5_K": 1.11,
+    "Q6_K": 0.94,
+    "IQ4_XS": 1.025,
+    "MXQ_B2_G64": 1.0,
+    "MXQ_B3_G64": 1.005,
+    "MXQ_B4_G32": 1.01,
+    "MXQ_B8_G32": 1.16,
+}
+
+
+@pytest.mark.parametrize("name", list(STORED))
+def test_storing_scales_costs_little(name: str) -> None:
+    kind = FORMATS[name]
+    assert kind.codes is not None
+    w, importance = matrix(8, 1024, "heavy")
+    groups = Groups(w, importance, kind.codes)
+    free = fit_groups(groups)
+    least = float(groups.errors(free.scale, free.offset + groups.mean if kind.codes.has_offset else None).sum())
+    stored = row_errors(w, importance, search.choose(w, importance, kind).dequantize()).sum()
+    assert stored <= STORED[name] * least
 
 
 @pytest.mark.parametrize("name", KINDS)
