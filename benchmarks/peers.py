@@ -10,16 +10,15 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import re
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
 import llama_tools
+from bench_common import at_least, check_machine, cpu_model, default_machine, now
 from llama_tools import Build, Wheel
 from peer_rows import MIN_PAIRS, Conditions, Peers, PerplexityRow, SpeedRow, Tool, Verdict, verdicts_of
 
@@ -33,7 +32,6 @@ from device.schema import (
     SlimpiError,
     Task,
     Throughput,
-    check_id,
     describe_file,
     encode,
     write_atomic,
@@ -156,7 +154,7 @@ def compare_throughput(tools: Path, model: Model, task: Throughput, pairs: int, 
     order: tuple[Tool, Tool] = ("slimpi", "llama-bench")
     for pair in range(pairs):
         for place, tool in enumerate(order if pair % 2 == 0 else order[::-1]):
-            load, stamp = os.getloadavg()[0], _now()
+            load, stamp = os.getloadavg()[0], now()
             for n_prompt, n_gen, n_batch, n_ubatch, samples_ns in RUNNERS[tool](tools, model, task, threads):
                 row = SpeedRow(
                     tool=tool,
@@ -212,7 +210,7 @@ RUNNERS = {"slimpi": _run_slimpi_tests, "llama-bench": _run_peer_tests}
 def conditions(machine: str, wheel: Wheel, build: Build, start: str, load_before: Sequence[float]) -> Conditions:
     return Conditions(
         machine=machine,
-        cpu=_cpu_model(),
+        cpu=cpu_model(),
         cores=os.cpu_count() or 1,
         kernel=platform.release(),
         python=platform.python_version(),
@@ -227,29 +225,6 @@ def conditions(machine: str, wheel: Wheel, build: Build, start: str, load_before
     )
 
 
-def _cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.is_file() else ""
-    found = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", text, re.MULTILINE)
-    return found[1].strip() if found else platform.machine()
-
-
-def _default_machine() -> str:
-    """CPU and core count, since host names say nothing: `amd-epyc-7763-2-cores`."""
-    return re.sub(r"[^a-z0-9]+", "-", f"{_cpu_model()} {os.cpu_count()} cores".lower()).strip("-")
-
-
-def _check_machine(name: str) -> None:
-    try:
-        check_id(name)
-    except ValueError as error:
-        raise SlimpiError(f"--machine: {error}. Use letters, digits, dots and dashes.") from error
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-
-
 def print_verdicts(verdicts: Sequence[Verdict]) -> None:
     print(f"\n{'variant':8} {'test':19} {'slimpi / peer':>13} {'lowest':>8} {'highest':>8} {'n':>4}  target")
     for v in verdicts:
@@ -259,7 +234,7 @@ def print_verdicts(verdicts: Sequence[Verdict]) -> None:
 
 def compare(options: argparse.Namespace, where: Places) -> Peers:
     """Both comparisons over all models; perplexity first, since it also proves that both are the same build."""
-    start, load_before = _now(), os.getloadavg()
+    start, load_before = now(), os.getloadavg()
     models = models_from(options.gguf, where)
     dataset = describe_dataset(options.text, where)
     wheel = llama_tools.probe_wheel()
@@ -285,27 +260,18 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--gguf", action="append", default=[], metavar="NAME=PATH", help=f"a model; default: {MODEL} {VARIANTS}")
     add("--text", default="wikitext2-test", help="dataset for perplexity, named as in `slimpi bench --text`")
-    add("--n-ctx", type=_at_least(8), default=512, help="tokens in a chunk (default %(default)s)")
-    add("--chunks", type=_at_least(0), default=20, help="chunks to score, 0 = all (default %(default)s)")
-    add("--pairs", type=_at_least(0), default=MIN_PAIRS, help="pairs of timed runs, 0 = none (default %(default)s)")
-    add("--n-prompt", type=_at_least(1), default=512, help="tokens of prefill (default %(default)s)")
-    add("--n-gen", type=_at_least(1), default=128, help="tokens of decode (default %(default)s)")
-    add("--repetitions", type=_at_least(1), default=5, help="repetitions in a run (default %(default)s)")
-    add("--threads", type=_at_least(1), default=1, help="inference threads of both (default %(default)s)")
+    add("--n-ctx", type=at_least(8), default=512, help="tokens in a chunk (default %(default)s)")
+    add("--chunks", type=at_least(0), default=20, help="chunks to score, 0 = all (default %(default)s)")
+    add("--pairs", type=at_least(0), default=MIN_PAIRS, help="pairs of timed runs, 0 = none (default %(default)s)")
+    add("--n-prompt", type=at_least(1), default=512, help="tokens of prefill (default %(default)s)")
+    add("--n-gen", type=at_least(1), default=128, help="tokens of decode (default %(default)s)")
+    add("--repetitions", type=at_least(1), default=5, help="repetitions in a run (default %(default)s)")
+    add("--threads", type=at_least(1), default=1, help="inference threads of both (default %(default)s)")
     add("--peers-dir", type=Path, default=Path(__file__).parent / "peers", help="where the tools are, or are built")
-    add("--jobs", type=_at_least(1), default=os.cpu_count() or 1, help="compiler processes (default %(default)s)")
-    add("--machine", default=_default_machine(), help="folder under the results (default %(default)s)")
+    add("--jobs", type=at_least(1), default=os.cpu_count() or 1, help="compiler processes (default %(default)s)")
+    add("--machine", default=default_machine(), help="folder under the results (default %(default)s)")
     add("--out", type=Path, help="file to write instead of benchmarks/results/<machine>/peers.json")
     return parser
-
-
-def _at_least(minimum: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not text.isdecimal() or int(text) < minimum:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {minimum}")
-        return int(text)
-
-    return parse
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -313,7 +279,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     where = places()
     try:
-        _check_machine(options.machine)
+        check_machine(options.machine)
         out = options.out or where.results / options.machine / "peers.json"
         peers = compare(options, where)
         write_atomic(out, encode(peers))

@@ -20,7 +20,9 @@ MAX_RELATIVE_OUTLIER = 0.50
 MIN_SAMPLES = 3
 
 # Metrics whose samples repeat the same work, so that they should agree; latency_ms and nll vary with the text.
-REPEATED = frozenset({"prefill_tokens_per_s", "decode_tokens_per_s", "ttft_ms", "load_ms", "tweets_per_s"})
+REPEATED = frozenset(
+    {"prefill_tokens_per_s", "decode_tokens_per_s", "ttft_ms", "load_ms", "tweets_per_s", "ns_per_weight"}
+)
 
 # vcgencmd get_throttled: bit n now, bit n + 16 since boot.
 THROTTLE_BITS = {0: "under-voltage", 1: "clock capped", 2: "throttled", 3: "soft temperature limit"}
@@ -103,7 +105,7 @@ def _swap(before: Facts, after: Facts, memory: Memory | None) -> Iterator[str]:
 
 
 def _stability(measurement: Measurement) -> Iterator[str]:
-    name, samples = measurement.metric, measurement.samples
+    name, samples = _named(measurement), measurement.samples
     if len(samples) < MIN_SAMPLES:
         yield f"{name} has {len(samples)} sample(s), fewer than {MIN_SAMPLES}"
         return
@@ -113,3 +115,11 @@ def _stability(measurement: Measurement) -> Iterator[str]:
     for what, value in (("smallest", min(samples)), ("largest", max(samples))):
         if abs(value - mean) > MAX_RELATIVE_OUTLIER * mean:
             yield f"{name} has an outlier: its {what} sample is {abs(value - mean) / mean:.0%} off the mean"
+
+
+def _named(measurement: Measurement) -> str:
+    """The metric, and of which format and shape where a task measures it of several."""
+    of = measurement.conditions
+    if "format" not in of:
+        return measurement.metric
+    return f"{measurement.metric} of {of['format']} {of['rows']}x{of['columns']}"

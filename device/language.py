@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from device.inputs import read_text
 from device.runtimes import N_BATCH, N_UBATCH, LlamaModel, Logits, Tokens, llama_api
 from device.samples import Taken, measurement
-from device.schema import Job, Measurement, Perplexity, Sample, SlimpiError, Throughput
+from device.schema import Job, Measurement, Perplexity, RecordLogits, Sample, SlimpiError, Throughput
 from device.wire import Request, Started
 
 N_LOADS = 3
@@ -28,31 +28,20 @@ def run_perplexity(request: Request, task: Perplexity) -> Iterator[Started | Sam
     """
     job = request.job
     with LlamaModel(Path(job.artifact_dir) / job.artifact.entry, job.threads) as model:
-        if model.add_eos:
-            raise SlimpiError(
-                f"the tokenizer of {job.artifact.id} ends every text with an end token, which perplexity "
-                "is not defined for. Set tokenizer.ggml.add_eos_token to false."
-            )
-        tokens = model.tokenize(read_text(job, task.dataset).removesuffix(b"\n"))
-        n_chunks = _count_chunks(task, len(tokens))
-        yield Started(total=n_chunks)
-        first = task.n_ctx // 2
-        model.open_context(task.n_ctx, n_outputs=min(task.n_ctx - first, N_UBATCH))
-        for i in range(request.first_missing("nll"), n_chunks):
-            chunk = tokens[i * task.n_ctx : (i + 1) * task.n_ctx].copy()
-            targets = chunk[1:].copy()
-            if model.add_bos:
-                chunk[0] = model.bos
-            pieces = [-log_probs(rows, targets[at:]) for at, rows in model.logits(chunk, first)]
+        chunks = read_chunks(job, task, model)
+        yield Started(total=len(chunks))
+        open_scoring(model, task.n_ctx)
+        for i in range(request.first_missing("nll"), len(chunks)):
+            pieces = [-log_probs(rows, targets) for rows, targets in scored_rows(model, chunks[i])]
             yield request.sample("nll", i, float(np.concatenate(pieces).mean()))
 
 
-def summarize_perplexity(task: Perplexity, taken: Taken, job: Job) -> list[Measurement]:
+def summarize_perplexity(task: Perplexity | RecordLogits, taken: Taken, job: Job) -> list[Measurement]:
     """Per-chunk means, so that exp(mean) is the perplexity and stderr its relative error (delta method)."""
     conditions = {
         "n_ctx": task.n_ctx,
         "n_chunks": len(taken["nll"]),
-        "n_scored_tokens_per_chunk": task.n_ctx - 1 - task.n_ctx // 2,
+        "n_scored_tokens_per_chunk": n_scored(task.n_ctx),
         "corpus": task.dataset.name,
         "corpus_sha256": task.dataset.file.sha256,
         "tokenizer_sha256": job.artifact.tokenizer_sha256,
@@ -66,21 +55,61 @@ def perplexity_of(nll: Measurement) -> tuple[float, float]:
     return math.exp(nll.mean), math.exp(nll.mean) * nll.stderr
 
 
-def log_probs(rows: Logits, targets: Tokens) -> NDArray[np.float64]:
-    """Log-probability each row of logits (n, n_vocab) gives its target; a last row without target is left out.
+def read_chunks(job: Job, task: Perplexity | RecordLogits, model: LlamaModel) -> Tokens:
+    """The text's tokens, (n_chunks, n_ctx) int32; what is left at its end is not scored."""
+    if model.add_eos:
+        raise SlimpiError(
+            f"the tokenizer of {job.artifact.id} ends every text with an end token, which perplexity "
+            "is not defined for. Set tokenizer.ggml.add_eos_token to false."
+        )
+    tokens = model.tokenize(read_text(job, task.dataset).removesuffix(b"\n"))
+    n_chunks = _count_chunks(task, len(tokens))
+    return tokens[: n_chunks * task.n_ctx].reshape(n_chunks, task.n_ctx)
 
-    float32 exponentials summed in float64, one row at a time, as llama-perplexity's log_softmax.
+
+def n_scored(n_ctx: int) -> int:
+    """Scored tokens of a chunk: positions n_ctx//2 ... n_ctx-2."""
+    return n_ctx - 1 - n_ctx // 2
+
+
+def open_scoring(model: LlamaModel, n_ctx: int) -> None:
+    """A context that gives logits of a chunk's second half only."""
+    model.open_context(n_ctx, n_outputs=min(n_ctx - n_ctx // 2, N_UBATCH))
+
+
+def scored_rows(model: LlamaModel, chunk: Tokens) -> Iterator[tuple[Logits, Tokens]]:
+    """Evaluate one chunk (n_ctx,): (logits (n, n_vocab), tokens they are to predict (n,)) of its scored positions.
+
+    The rows are llama.cpp's own memory and hold until the next piece is asked for.
     """
-    count = min(len(rows), len(targets))
-    result = np.empty(count, dtype=np.float64)
-    for i in range(count):
-        row = rows[i]
-        top = row.max()
-        result[i] = float(row[targets[i]] - top) - math.log(np.exp(row - top).sum(dtype=np.float64))
+    seen, targets = chunk.copy(), chunk[1:]
+    if model.add_bos:
+        seen[0] = model.bos
+    for at, rows in model.logits(seen, len(chunk) // 2):
+        count = min(len(rows), len(targets) - at)
+        if count:
+            yield rows[:count], targets[at : at + count]
+
+
+def log_probs(rows: Logits, targets: Tokens) -> NDArray[np.float64]:
+    """Log-probability each row of logits (n, n_vocab) gives its target (n,)."""
+    result = np.empty(len(targets), dtype=np.float64)
+    for i, (row, target) in enumerate(zip(rows, targets, strict=True)):
+        top, log_sum = log_partition(row)
+        result[i] = float(row[target] - top) - log_sum
     return result
 
 
-def _count_chunks(task: Perplexity, n_tokens: int) -> int:
+def log_partition(row: Logits) -> tuple[np.float32, float]:
+    """(largest logit, ln of the sum of exp(logit - largest)) of one row (n_vocab,).
+
+    float32 exponentials summed in float64, as llama-perplexity's log_softmax.
+    """
+    top = row.max()
+    return top, math.log(np.exp(row - top).sum(dtype=np.float64))
+
+
+def _count_chunks(task: Perplexity | RecordLogits, n_tokens: int) -> int:
     if n_tokens < 2 * task.n_ctx:
         raise SlimpiError(
             f"{task.dataset.name} has {n_tokens} tokens, perplexity at n_ctx {task.n_ctx} needs "

@@ -277,21 +277,26 @@ class _ThreadPoolParams(ctypes.Structure):
 
 def _attach_thread_pool(api: Any, context: Any, threads: int) -> Any:
     """A thread pool that lives as long as the context, as in llama-bench; without one, a build without OpenMP
-    starts its threads anew for every token. The binding lacks these functions, the library has them."""
-    library = api._lib
+    starts its threads anew for every token."""
+    pool = new_thread_pool(api._lib, threads)
+    api._lib.llama_attach_threadpool.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
+    api._lib.llama_attach_threadpool.restype = None
+    api._lib.llama_attach_threadpool(context, pool, None)
+    return pool
+
+
+def new_thread_pool(library: Any, threads: int) -> Any:
+    """A ggml_threadpool with llama.cpp's defaults. The binding lacks these functions, the library has them."""
     library.ggml_threadpool_params_default.argtypes = [ctypes.c_int]
     library.ggml_threadpool_params_default.restype = _ThreadPoolParams
     library.ggml_threadpool_new.argtypes = [ctypes.POINTER(_ThreadPoolParams)]
     library.ggml_threadpool_new.restype = ctypes.c_void_p
     library.ggml_threadpool_free.argtypes = [ctypes.c_void_p]
     library.ggml_threadpool_free.restype = None
-    library.llama_attach_threadpool.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
-    library.llama_attach_threadpool.restype = None
     params = library.ggml_threadpool_params_default(threads)
     pool = library.ggml_threadpool_new(ctypes.byref(params))
     if not pool:
         raise SlimpiError(f"llama.cpp cannot start {threads} threads. Take fewer.")
-    library.llama_attach_threadpool(context, pool, None)
     return pool
 
 

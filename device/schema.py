@@ -1,7 +1,8 @@
 """The contract between host and device: manifest.json and job.json go out, report.json comes back.
 
 History of SCHEMA_VERSION (a reader refuses versions it does not know):
-  1  2026-11  first version.
+  1  2026-11  first version. Tasks added since: record_logits, divergence, profile (an older agent
+              refuses a job with them).
 
 Units are part of every name. Raw samples are stored; means and errors are computed when read.
 """
@@ -167,7 +168,52 @@ class RecordGolden(Record, frozen=True, kw_only=True, tag="record_golden", tag_f
     n_tokens: Positive = 128
 
 
-Task = Perplexity | Throughput | Tweets | Parity | RecordGolden
+class RecordLogits(Record, frozen=True, kw_only=True, tag="record_logits", tag_field="task"):
+    """Record the reference's log-probabilities of a text, chunked as in Perplexity; writes reference.logits (the format
+    is device/logits_file.py's) to the work folder: 2 * n_vocab bytes a scored token."""
+
+    dataset: Dataset
+    n_ctx: Annotated[int, Meta(ge=8, le=131072)] = 512
+    n_chunks: Count = 0
+
+
+class Divergence(Record, frozen=True, kw_only=True, tag="divergence", tag_field="task"):
+    """KL divergence to a reference, as llama-perplexity --kl-divergence: `dataset` is a file that record_logits wrote.
+
+    The other fields say what it must hold: chunks of n_ctx tokens of the text `corpus`, at least n_chunks of them (the
+    first n_chunks are scored), computed by the artifact whose id is `reference`.
+    """
+
+    dataset: Dataset
+    n_ctx: Annotated[int, Meta(ge=8, le=131072)]
+    n_chunks: Positive
+    corpus: str
+    corpus_sha256: Sha256
+    reference: str
+
+
+class Product(Record, frozen=True, kw_only=True):
+    """A weight matrix in a format (ggml's name, such as Q4_K), rows = outputs, columns = inputs, times activations."""
+
+    format: str
+    rows: Annotated[int, Meta(ge=1, le=2**24)]
+    columns: Annotated[int, Meta(ge=1, le=2**24)]
+
+
+class Profile(Record, frozen=True, kw_only=True, tag="profile", tag_field="task"):
+    """Time each of these products, a weight; n_tokens 1 = decoding.
+
+    working_set_mib: bytes of weights a sample goes through, several times the last level of cache.
+    """
+
+    products: Annotated[list[Product], Meta(min_length=1)]
+    n_tokens: Annotated[int, Meta(ge=1, le=4096)] = 1
+    working_set_mib: Annotated[int, Meta(ge=1, le=4096)] = 64
+    repetitions: Positive = 5
+    warmup: Count = 1
+
+
+Task = Perplexity | Throughput | Tweets | Parity | RecordGolden | RecordLogits | Divergence | Profile
 
 
 class Job(Record, frozen=True, kw_only=True):

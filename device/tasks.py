@@ -7,15 +7,18 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from device import language, parity, tweets
+from device import divergence, language, parity, profile, tweets
 from device.samples import Taken
 from device.schema import (
     Artifact,
+    Divergence,
     Job,
     Measurement,
     Parity,
     Perplexity,
+    Profile,
     RecordGolden,
+    RecordLogits,
     Sample,
     SlimpiError,
     Task,
@@ -51,6 +54,9 @@ TASKS: Mapping[type[Task], TaskSpec] = MappingProxyType(
         Tweets: TaskSpec((CLASSIFIER,), tweets.run_tweets, tweets.summarize_tweets, timed=True),
         Parity: TaskSpec((LM, CLASSIFIER), parity.run_parity, parity.summarize_parity),
         RecordGolden: TaskSpec((LM, CLASSIFIER), parity.run_record_golden, parity.summarize_record_golden),
+        RecordLogits: TaskSpec((LM,), divergence.run_record_logits, divergence.summarize_record_logits),
+        Divergence: TaskSpec((LM,), divergence.run_divergence, divergence.summarize_divergence),
+        Profile: TaskSpec((LM,), profile.run_profile, profile.summarize_profile, timed=True),
     }
 )
 

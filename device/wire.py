@@ -23,6 +23,11 @@ Series = Literal[
     "kl_nats",
     "top1",
     "recorded",
+    "kld",
+    "nll_difference",
+    "same_top",
+    "ns_per_weight",
+    "product_error",
 ]
 
 

@@ -6,13 +6,14 @@ llama.cpp would run differently from transformers is refused, never approximated
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import gguf
 import numpy as np
 
 from device.schema import SlimpiError
+from pipeline.layers import Fold
 
 Config = dict[str, Any]
 
@@ -39,6 +40,7 @@ class Architecture:
     `fixed` are config values that llama.cpp hard-codes. `swa_period`: every n-th layer attends to everything.
     `renamed`: prefixes of tensor names in multimodal checkpoints, and what they are in the text model's own.
     `ignored`: patterns of tensors that are no part of the language model, or are recomputed.
+    `folds`: input scales that can be hidden in what precedes, in GGUF names without `blk.N.`; see `layer_folds`.
     """
 
     gguf_arch: gguf.MODEL_ARCH
@@ -47,6 +49,7 @@ class Architecture:
     layer_tensors: dict[str, tuple[str, ...]]
     fixed: dict[str, Any]
     optional_tensors: dict[str, dict[str, tuple[str, ...]]]
+    folds: tuple[Fold, ...]
     rope_scalings: tuple[str, ...] = ()
     norm_offset: float = 0.0
     permuted: tuple[str, ...] = ()
@@ -93,6 +96,16 @@ _GEMMA_LAYER = {
     "post_feedforward_layernorm.weight": ("d",),
 }
 
+# GGUF calls the norm before the gate ffn_norm in every family; Gemma's norms after a part are other tensors, and its
+# norm gains have the offset added, so that dividing them is all there is to do. ffn_up's output is multiplied by the
+# activated gate before ffn_down sees it, attn_v's is averaged over positions before attn_output does: both are linear.
+_FOLDS = (
+    Fold("attn_norm.weight", ("attn_q.weight", "attn_k.weight", "attn_v.weight")),
+    Fold("attn_v.weight", ("attn_output.weight",)),
+    Fold("ffn_norm.weight", ("ffn_gate.weight", "ffn_up.weight")),
+    Fold("ffn_up.weight", ("ffn_down.weight",)),
+)
+
 ARCHITECTURES = {
     "llama": Architecture(
         gguf_arch=gguf.MODEL_ARCH.LLAMA,
@@ -103,6 +116,7 @@ ARCHITECTURES = {
             "attention_bias": {**_QKV_BIAS, "self_attn.o_proj.bias": ("d",)},
             "mlp_bias": {"mlp.gate_proj.bias": ("f",), "mlp.up_proj.bias": ("f",), "mlp.down_proj.bias": ("d",)},
         },
+        folds=_FOLDS,
         fixed={"hidden_act": "silu"},
         rope_scalings=("llama3", "linear", "yarn"),
         permuted=("q_proj", "k_proj"),
@@ -113,6 +127,7 @@ ARCHITECTURES = {
         hparams=_SIZES,
         layer_tensors={**_LAYER, **_QKV_BIAS},
         optional_tensors={},
+        folds=_FOLDS,
         fixed={"hidden_act": "silu", "use_sliding_window": False},
         rope_scalings=("linear", "yarn"),
     ),
@@ -128,6 +143,7 @@ ARCHITECTURES = {
         ),
         layer_tensors=_GEMMA_LAYER,
         optional_tensors={},
+        folds=_FOLDS,
         fixed={"hidden_activation": "gelu_pytorch_tanh", "attention_bias": False},
         norm_offset=1.0,
         swa_period=2,
@@ -145,6 +161,7 @@ ARCHITECTURES = {
         ),
         layer_tensors={**_GEMMA_LAYER, "self_attn.q_norm.weight": ("h",), "self_attn.k_norm.weight": ("h",)},
         optional_tensors={},
+        folds=_FOLDS,
         fixed={
             "hidden_activation": "gelu_pytorch_tanh",
             "attention_bias": False,
@@ -207,6 +224,11 @@ def tensor_shapes(model_type: str, config: Config) -> dict[str, tuple[int, ...]]
     if not config["tie_word_embeddings"]:
         symbols["lm_head.weight"] = ("v", "d")
     return {name: tuple(sizes[s] for s in shape) for name, shape in symbols.items()}
+
+
+def layer_folds(model_type: str, config: Config) -> tuple[Fold, ...]:
+    """The folds of every decoder block of a model with this config, their producers before them in the block."""
+    return tuple(replace(fold, head_size=config["head_dim"]) for fold in ARCHITECTURES[model_type].folds)
 
 
 def gguf_names(model_type: str, names: list[str], n_layers: int) -> dict[str, str]:

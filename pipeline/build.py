@@ -20,7 +20,7 @@ from pipeline import sources
 from pipeline.deploy import describe_dataset, run_job
 from pipeline.exporters import EXPORTERS, Context, Exporter, Made, Prepared
 from pipeline.progress import Progressor
-from pipeline.recipes import Recipe, as_dict
+from pipeline.recipes import Recipe, artifact_name, as_dict
 from pipeline.store import (
     Places,
     artifact_id,
@@ -56,18 +56,20 @@ def build(
             prepared = exporter.prepare(context)
             for note in prepared.notes:
                 progress.say(f"  {recipe.name}: {note}")
+            spent: set[Path] = set()
             for variant in missing:
-                _build_variant(context, exporter, prepared, variant, ids[variant])
+                spent |= set(_build_variant(context, exporter, prepared, variant, ids[variant]))
+            for folder in spent:  # only now: variants share stages
+                shutil.rmtree(folder)
     return [places.artifacts / ids[v] for v in variants]
 
 
 def chosen_variants(recipe: Recipe, exporter: Exporter, only: list[str] | None) -> list[str]:
-    unknown = [v for v in [*recipe.variants, *(only or [])] if v not in exporter.variants]
-    if unknown:
-        raise SlimpiError(
-            f"recipe {recipe.name}: unknown variant {unknown[0]!r} for export {recipe.export!r}. "
-            f"Known: {', '.join(exporter.variants)}."
-        )
+    for variant in [*recipe.variants, *(only or [])]:
+        try:
+            exporter.check(variant)
+        except SlimpiError as error:
+            raise SlimpiError(f"recipe {recipe.name}: {error}") from error
     if not only:
         return recipe.variants
     return [recipe.reference, *(v for v in only if v != recipe.reference)]
@@ -81,7 +83,7 @@ def _id(recipe: Recipe, variant: str, source_sha256: str, places: Places) -> str
     texts = [recipe.calibration.text, recipe.golden.dataset, *([recipe.head.rows] if recipe.head else [])]
     contents = [describe_dataset(name, places).file.sha256 for name in texts]
     reference = variant == recipe.reference
-    return artifact_id(f"{recipe.name}-{variant.lower()}", [parts, variant, reference, source_sha256, contents])
+    return artifact_id(artifact_name(recipe, variant.lower()), [parts, variant, reference, source_sha256, contents])
 
 
 def _intact(folder: Path, progress: Progressor) -> bool:
@@ -93,7 +95,8 @@ def _intact(folder: Path, progress: Progressor) -> bool:
     return not problem
 
 
-def _build_variant(context: Context, exporter: Exporter, prepared: Prepared, variant: str, id_: str) -> None:
+def _build_variant(context: Context, exporter: Exporter, prepared: Prepared, variant: str, id_: str) -> list[Path]:
+    """Build one artifact; the stages that are not needed any more."""
     recipe, progress = context.recipe, context.progress
     with whole_folder(context.places.artifacts / id_) as scratch:
         made = exporter.make(context, prepared, variant, scratch)
@@ -105,6 +108,7 @@ def _build_variant(context: Context, exporter: Exporter, prepared: Prepared, var
     progress.say(f"  {recipe.name} {variant}: {size_mib:.1f} MiB, {artifact.bits_per_weight:.2f} bits per weight")
     if artifact.fallbacks:
         progress.say(_fallback_line(artifact))
+    return made.spent
 
 
 def _describe(

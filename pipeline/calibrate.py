@@ -6,7 +6,6 @@ by chunk as llama-imatrix does (llama.cpp tools/imatrix/imatrix.cpp), in a fresh
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import sys
@@ -20,12 +19,10 @@ import numpy as np
 import numpy.typing as npt
 
 from device.schema import SlimpiError
+from pipeline.activations import MIN_N_CTX, Float32, Tap, check_counts, cut, decode, open_session
 from pipeline.native import emit, run_fresh, serve
 
-Float32 = npt.NDArray[np.float32]
-
 FORMAT_VERSION = 1
-MIN_N_CTX = 16  # llama.cpp's own collector ignores shorter products: those of single-token decoding
 _PROGRESS = "slimpi-progress "
 _META = "meta"
 _PREFIX = "mean_x2/"
@@ -146,166 +143,29 @@ def _read_gguf(path: Path) -> Importance:
 # Child process from here on.
 
 
-class _Tensor(ctypes.Structure):
-    """ggml_tensor as in ggml/include/ggml.h of the pinned llama.cpp, up to its name."""
-
-    _fields_ = (
-        ("type", ctypes.c_int),
-        ("buffer", ctypes.c_void_p),
-        ("ne", ctypes.c_int64 * 4),
-        ("nb", ctypes.c_size_t * 4),
-        ("op", ctypes.c_int),
-        ("op_params", ctypes.c_int32 * 16),
-        ("flags", ctypes.c_int32),
-        ("src", ctypes.c_void_p * 10),
-        ("view_src", ctypes.c_void_p),
-        ("view_offs", ctypes.c_size_t),
-        ("data", ctypes.c_void_p),
-        ("name", ctypes.c_char * 64),
-    )
-
-
-_GGML_F32 = 0
-
-
 @dataclass
-class _Collector:
+class _Sums:
     """Sums of x^2 per column in float64, and the rows summed, of every block matrix llama.cpp multiplies by."""
 
-    op_name: Callable[[int], bytes]
-    get_name: Callable[[int], bytes]
     sums: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
-    problem: str = ""
 
-    def __call__(self, address: int, ask: bool, user_data: Any) -> bool:
-        """llama.cpp's cb_eval: asked before a node runs (want it?), called again after it ran."""
-        if self.problem:
-            return False
-        node = _Tensor.from_address(address)
-        op = self.op_name(node.op)
-        if op == b"MUL_MAT_ID":
-            self.problem = "it is a mixture of experts, which calibration does not support"
-        if op != b"MUL_MAT":
-            return not ask
-        weight, x = (_Tensor.from_address(source) for source in node.src[:2])
-        if self.get_name(node.src[0]) != weight.name:
-            self.problem = "this llama.cpp lays its tensors out differently; install the pinned llama-cpp-python"
-            return not ask
-        name = weight.name.decode()
-        wanted = name.startswith("blk.") and x.type == _GGML_F32 and x.ne[1] >= MIN_N_CTX
-        if ask or not wanted:
-            return wanted if ask else True
-        self._add(name, x)
-        return True
-
-    def _add(self, name: str, x: _Tensor) -> None:
-        if x.ne[2] != 1 or x.ne[3] != 1 or x.nb[0] != 4 or x.nb[1] % 4:
-            self.problem = f"the input of {name}, shape {list(x.ne)}, strides {list(x.nb)}, is not rows of floats"
-            return
-        columns, rows, stride = x.ne[0], x.ne[1], x.nb[1] // 4
-        flat = (ctypes.c_float * ((rows - 1) * stride + columns)).from_address(x.data)
-        values = np.lib.stride_tricks.as_strided(np.ctypeslib.as_array(flat), (rows, columns), (x.nb[1], 4))
-        sums = np.einsum("ij,ij->j", values, values, dtype=np.float64)
-        if not np.isfinite(sums).all():
-            self.problem = f"the input of {name} is not finite"
-            return
-        self.sums[name] = self.sums.get(name, np.zeros(columns)) + sums
-        self.counts[name] = self.counts.get(name, 0) + rows
+    def take(self, name: str, address: int, x: Float32) -> None:
+        self.sums[name] = self.sums.get(name, 0.0) + np.einsum("ij,ij->j", x, x, dtype=np.float64)
+        self.counts[name] = self.counts.get(name, 0) + len(x)
 
 
 def _handle(request: dict[str, Any]) -> None:
-    import llama_cpp
-    from llama_cpp._ggml import libggml
-
-    libggml.ggml_op_name.restype = libggml.ggml_get_name.restype = ctypes.c_char_p
-    libggml.ggml_get_name.argtypes = [ctypes.c_void_p]
-    collector = _Collector(libggml.ggml_op_name, libggml.ggml_get_name)
-    gguf, text, n_ctx = Path(request["gguf"]), Path(request["text"]), request["n_ctx"]
-    llama_cpp.llama_backend_init()
-    model = llama_cpp.llama_model_load_from_file(str(gguf).encode(), llama_cpp.llama_model_default_params())
-    if not model:
-        raise SlimpiError(f"llama.cpp cannot load {gguf}. Check that it is a whole GGUF of a supported architecture.")
-    n_train = llama_cpp.llama_model_n_ctx_train(model)
-    if n_ctx > n_train:
-        raise SlimpiError(f"n_ctx {n_ctx} is longer than the {n_train} tokens {gguf.name} was made for. Lower n_ctx.")
-    chunks = _chunks(llama_cpp.llama_model_get_vocab(model), text, n_ctx, request["n_chunks"])
-    ctx, keep = _new_context(model, n_ctx, request["threads"], collector)
+    gguf, text = Path(request["gguf"]), Path(request["text"])
+    found = _Sums()
+    session = open_session(gguf, request["n_ctx"], request["threads"], Tap(found.take))
+    chunks = cut(session, text, request["n_chunks"])
     for done, chunk in enumerate(chunks, 1):
-        _decode(ctx, chunk)
-        if collector.problem:
-            raise SlimpiError(f"cannot calibrate {gguf.name}: {collector.problem}.")
+        decode(session, chunk)
         emit(f"{_PROGRESS}{done} {len(chunks)}")
-    del keep
-    if not collector.sums:
-        raise SlimpiError(f"{gguf.name} has no block matrices to calibrate. Use a language model's GGUF.")
-    for name, count in collector.counts.items():
-        if count != chunks.size:
-            raise SlimpiError(f"cannot calibrate {gguf.name}: {name} saw {count} of {chunks.size} tokens.")
-    mean_x2 = {name: (sums / collector.counts[name]).astype(np.float32) for name, sums in collector.sums.items()}
-    _save(Path(request["out"]), Importance(mean_x2, chunks.size, n_ctx, text.name))
-
-
-def _chunks(vocab: Any, text: Path, n_ctx: int, n_chunks: int) -> npt.NDArray[np.int32]:
-    """(n, n_ctx) tokens; the first of each chunk is BOS if the model adds one."""
-    import llama_cpp
-
-    try:
-        data = text.read_text(encoding="utf-8").encode()
-    except UnicodeDecodeError as error:
-        raise SlimpiError(f"{text} is not UTF-8 ({error.reason} at byte {error.start}). Convert it.") from error
-    buffer = (llama_cpp.llama_token * (len(data) + 8))()
-    n_tokens = llama_cpp.llama_tokenize(vocab, data, len(data), buffer, len(buffer), True, False)
-    if n_tokens < n_ctx:
-        raise SlimpiError(f"{text} has {n_tokens} tokens, one chunk needs {n_ctx}. Use more text or a smaller n_ctx.")
-    tokens = np.ctypeslib.as_array(buffer)[:n_tokens].astype(np.int32)
-    available = n_tokens // n_ctx
-    if n_chunks > available:
-        raise SlimpiError(f"{text} has {available} chunks of {n_ctx} tokens, {n_chunks} asked. Use more text or fewer.")
-    n = n_chunks or available
-    chunks = tokens[: n * n_ctx].reshape(n, n_ctx).copy()
-    if llama_cpp.llama_vocab_get_add_bos(vocab):
-        chunks[:, 0] = llama_cpp.llama_vocab_bos(vocab)
-    return chunks
-
-
-def _new_context(model: Any, n_ctx: int, threads: int, collector: _Collector) -> tuple[Any, Any]:
-    """A context of one chunk a batch, and what must stay referenced while it is used."""
-    import llama_cpp
-
-    params = llama_cpp.llama_context_default_params()
-    params.n_ctx = params.n_batch = n_ctx
-    params.n_ubatch = min(n_ctx, 512)
-    params.n_seq_max = 1
-    params.n_threads = params.n_threads_batch = threads
-    callback = llama_cpp.llama_cpp.ggml_backend_sched_eval_callback(collector)
-    params.cb_eval = callback
-    ctx = llama_cpp.llama_init_from_model(model, params)
-    if not ctx:
-        raise SlimpiError(f"llama.cpp gives no context of {n_ctx} tokens: out of memory? Lower n_ctx.")
-    return ctx, callback
-
-
-def _decode(ctx: Any, chunk: npt.NDArray[np.int32]) -> None:
-    """Run one chunk from an empty cache; every token is an output, else the last block sees only some."""
-    import llama_cpp
-
-    llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(ctx), True)
-    n = len(chunk)
-    batch = llama_cpp.llama_batch_init(n, 0, 1)
-    try:
-        batch.n_tokens = n
-        for i in range(n):
-            batch.token[i] = int(chunk[i])
-            batch.pos[i] = i
-            batch.n_seq_id[i] = 1
-            batch.seq_id[i][0] = 0
-            batch.logits[i] = 1
-        status = llama_cpp.llama_decode(ctx, batch)
-    finally:
-        llama_cpp.llama_batch_free(batch)
-    if status:
-        raise SlimpiError(f"llama.cpp cannot run a chunk of {n} tokens (status {status}). Lower n_ctx or free memory.")
+    check_counts(gguf, found.counts, chunks.size)
+    mean_x2 = {name: (sums / found.counts[name]).astype(np.float32) for name, sums in found.sums.items()}
+    _save(Path(request["out"]), Importance(mean_x2, chunks.size, request["n_ctx"], text.name))
 
 
 if __name__ == "__main__":

@@ -65,12 +65,30 @@ Meter = Annotated[
     ),
 ]
 Plain = Annotated[bool, typer.Option("--plain", help="Plain lines instead of progress bars.")]
-Only = Annotated[list[str] | None, typer.Option(help="Build only this variant (repeatable); the reference always is.")]
+Only = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Build only this variant (repeatable), in the recipe or not, such as Q4_K_M or GPTQ-Q4_K (METHOD-PLAN); "
+        "the reference always is."
+    ),
+]
 DeviceName = Annotated[str, typer.Argument(help="The device: what --on takes, but not `local`.")]
 Again = Annotated[bool, typer.Option("--again", help="Measure again instead of replaying an equal job's samples.")]
 TaskNames = Annotated[
     list[str] | None,
-    typer.Option("--task", help="Run only this task (repeatable): parity, throughput, perplexity, tweets."),
+    typer.Option(
+        "--task",
+        help="Run only this task (repeatable): parity, throughput, perplexity, divergence, tweets; or profile, which "
+        "times products of every format in the model's shapes, for plans that keep a budget of time.",
+    ),
+]
+WithDivergence = Annotated[
+    bool,
+    typer.Option(
+        "--divergence",
+        help="Also measure the KL divergence to the reference of each language model, recorded on this machine first "
+        "(2 bytes a scored token and vocabulary entry).",
+    ),
 ]
 Text = Annotated[
     str | None, typer.Option(help="Text for perplexity: demo:NAME, data:PATH, path:FILE, hf:... or a known name.")
@@ -104,16 +122,15 @@ def build(
 
 def _build(recipes: list[Path], only: list[str] | None, threads: int, plain: bool, where: Places) -> list[Path]:
     from pipeline.build import build as build_recipe  # torch loads in seconds; --help should not wait for it
-    from pipeline.exporters import EXPORTERS
+    from pipeline.exporters import knows
 
     progress = Progressor(plain)
     folders: list[Path] = []
     read = [read_recipe(path) for path in recipes]
-    known = {variant for recipe in read for variant in EXPORTERS[recipe.export].variants}
     for recipe in read:
         progress.say(f"build {recipe.name}: {recipe.note}".rstrip(": "))
         # A variant of another recipe's format is not meant for this one; one that is nobody's is an error.
-        mine = [v for v in only or [] if v in EXPORTERS[recipe.export].variants or v not in known]
+        mine = [v for v in only or [] if knows(recipe, v) or not any(knows(other, v) for other in read)]
         chosen = (mine or [recipe.reference]) if only else None
         folders += build_recipe(recipe, where, progress, _threads(threads), chosen)
     return folders
@@ -124,6 +141,7 @@ def bench(
     artifacts: Artifacts,
     on: On = ["local"],  # noqa: B006 - typer copies it
     task: TaskNames = None,
+    divergence: WithDivergence = False,
     threads: Threads = 0,
     text: Text = None,
     n_ctx: NCtx = None,
@@ -154,7 +172,7 @@ def bench(
     limits = _Limits(force, timeout, memory_limit_mib, wait_cool, governor, sudo, meter)
     where = places()
     folders = [find_artifact(where.artifacts, name) for name in artifacts]
-    _bench(folders, on, ssh_config, task, threads, overrides, again, limits, plain, where)
+    _bench(folders, on, ssh_config, task, divergence, threads, overrides, again, limits, plain, where)
 
 
 def _given(**options: Any) -> dict[str, Any]:
@@ -179,6 +197,7 @@ def _bench(
     on: list[str],
     ssh_config: Path | None,
     tasks: list[str] | None,
+    divergence: bool,
     threads: int,
     overrides: dict[str, Any],
     again: bool,
@@ -189,6 +208,7 @@ def _bench(
     """Measure, print the table; a failed device or task makes the exit code 1 after everything is shown."""
     from pipeline.deploy import Settings, bench_all
     from pipeline.energy import is_csv, readings_of
+    from pipeline.recordings import tasks_of
 
     if limits.governor and not limits.sudo:
         raise SlimpiError(f"--governor {limits.governor} changes the whole device's clock. Add --sudo to allow it.")
@@ -198,6 +218,7 @@ def _bench(
         raise SlimpiError(f"--meter {limits.meter} is not a file. Start your logger first, or give a command.")
     progress = Progressor(plain or len(on) > 1)  # one terminal has room for one bar
     hosts = _hosts(on, ssh_config, where, progress)
+    diverging = divergence or "divergence" in (tasks or [])
     settings = Settings(
         threads=threads,
         overrides=overrides,
@@ -209,6 +230,7 @@ def _bench(
         wait_cool_c=limits.wait_cool_c,
         governor=limits.governor,
         meter=limits.meter,
+        divergence=tasks_of(folders, overrides, where, _threads(threads), progress) if diverging else {},
     )
     reports, errors = bench_all(hosts, folders, where, settings, progress, lambda name: _watch(progress, name))
     _finish(reports, errors, {name: readings_of(where.results / name, limits.meter) for name in reports})
@@ -259,6 +281,7 @@ def deploy(
     on: On = ["local"],  # noqa: B006 - typer copies it
     only: Only = None,
     task: TaskNames = None,
+    divergence: WithDivergence = False,
     threads: Threads = 0,
     n_ctx: NCtx = None,
     n_chunks: NChunks = None,
@@ -284,7 +307,7 @@ def deploy(
     limits = _Limits(force, timeout, memory_limit_mib, wait_cool, governor, sudo, meter)
     where = places()
     folders = _build(recipes, only, threads, plain, where)
-    _bench(folders, on, ssh_config, task, threads, overrides, again, limits, plain, where)
+    _bench(folders, on, ssh_config, task, divergence, threads, overrides, again, limits, plain, where)
 
 
 @app.command()

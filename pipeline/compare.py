@@ -23,6 +23,10 @@ CONFIDENCE = 0.95
 MAX_NATS = 700.0  # exp of more is no float; nothing but a broken model comes near
 # "No difference" recommends a variant only if the interval also rules out a loss as large as this.
 TOLERANCE = {"% ppl": 3.0, "points": 2.0}
+_MUST_EQUAL = (
+    *("n_ctx", "n_chunks", "corpus_sha256", "reference_sha256"),
+    *("n_prompt", "n_gen", "batch_size", "n_rows"),
+)
 TIMED_TASKS = ("throughput", "tweets")
 
 
@@ -63,6 +67,8 @@ class Row:
     parity_kl: Measurement | None
     parity_top1: Measurement | None
     energy: Energy | None
+    kld: Difference | None
+    same_top: Measurement | None
     warnings: dict[str, list[str]]
     failures: dict[str, str]
 
@@ -121,6 +127,15 @@ def perplexity(nll: Measurement) -> tuple[float, float]:
     return value, value * nll.stderr
 
 
+def divergence(kld: Measurement) -> Difference:
+    """Mean KL divergence to the reference with its interval over chunks: tokens of one are not independent.
+
+    The reference's own is zero, so each chunk is paired already.
+    """
+    chunks = np.reshape(kld.samples, (-1, kld.conditions["n_scored_tokens_per_chunk"])).mean(axis=1).tolist()
+    return paired_difference(chunks, [0.0] * len(chunks), "nats/token")
+
+
 def loss_percent(difference: Difference) -> Difference:
     """A difference in mean NLL (nats/token) as a change of perplexity in percent: 100 (exp(d) - 1)."""
     low, mean, high = (100.0 * math.expm1(min(x, MAX_NATS)) for x in (difference.low, difference.mean, difference.high))
@@ -138,7 +153,7 @@ def conditions_key(report: Report) -> dict[str, Any]:
     }
     for result in report.results:
         for measurement in result.measurements:
-            for name in ("n_ctx", "n_chunks", "corpus_sha256", "n_prompt", "n_gen", "batch_size", "n_rows"):
+            for name in _MUST_EQUAL:
                 if name in measurement.conditions:
                     key[f"{measurement.metric}.{name}"] = measurement.conditions[name]
     return key
@@ -193,6 +208,8 @@ def _row(host: str, report: Report, reference: Report | None, readings: Sequence
         parity_kl=found.get("kl_divergence"),
         parity_top1=found.get("top1_agreement"),
         energy=of_task(timed[0], readings) if timed else None,
+        kld=divergence(found["kld"]) if "kld" in found else None,
+        same_top=found.get("same_top"),
         # A busy or hot machine changes no logits: what was said of tasks without a clock stays in the report.
         warnings={_task_name(r): r.warnings for r in report.results if r.warnings and _task_name(r) in TIMED_TASKS},
         failures={_task_name(r): r.error for r in report.results if r.status != "ok"},
@@ -342,6 +359,13 @@ def describe_energy(row: Row) -> str:
     if row.energy is None:
         return "-"
     return f"{row.energy.joules:.1f} J, mean {row.energy.mean_w:.2f} W ({row.energy.source})"
+
+
+def describe_divergence(row: Row) -> str:
+    if row.kld is None or row.same_top is None:
+        return "-"
+    span = f"[{row.kld.low:.5f}, {row.kld.high:.5f}]" if math.isfinite(row.kld.low) else "[unknown]"
+    return f"{row.kld.mean:.5f} {span}, top-1 {100 * row.same_top.mean:.1f}%"
 
 
 def describe_memory(row: Row) -> str:

@@ -10,7 +10,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
@@ -24,12 +24,14 @@ from device import schema
 from device.schema import (
     Artifact,
     Dataset,
+    Divergence,
     Done,
     Event,
     File,
     Job,
     Parity,
     Perplexity,
+    Profile,
     Provenance,
     Report,
     SlimpiError,
@@ -58,7 +60,8 @@ DEFAULT_TIMEOUT_S = 3600
 
 @dataclass(frozen=True)
 class Settings:
-    """How the command line wants artifacts measured. threads 0 = chosen for the machine; wanted = task names."""
+    """How the command line wants artifacts measured. threads 0 = chosen for the machine; wanted = task names;
+    divergence: the task against each model's recorded reference, by model."""
 
     threads: int = 0
     overrides: dict[str, Any] = field(default_factory=dict)
@@ -70,6 +73,7 @@ class Settings:
     wait_cool_c: float | None = None
     governor: str = ""
     meter: str = ""
+    divergence: Mapping[str, Divergence] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -127,8 +131,19 @@ def bench_settings(artifact: Artifact, overrides: dict[str, Any]) -> Bench:
         raise SlimpiError(f"bench settings of {artifact.name}: {error}. See `slimpi bench --help`.") from error
 
 
-def tasks_for(artifact: Artifact, bench: Bench, places: Places, wanted: list[str] | None = None) -> list[Task]:
-    """The tasks that fit the artifact, in the order they run; `wanted` narrows them by name."""
+def tasks_for(
+    artifact: Artifact,
+    bench: Bench,
+    places: Places,
+    wanted: list[str] | None = None,
+    divergence: Divergence | None = None,
+    profile: Profile | None = None,
+) -> list[Task]:
+    """The tasks that fit the artifact, in the order they run; `wanted` narrows them by name.
+
+    `divergence` comes ready, since its reference must have been recorded before (recordings.record); so does `profile`,
+    which is about the model's shapes, not the artifact, and runs only where it is wanted by name.
+    """
     tasks: dict[str, Callable[[], Task]]
     if artifact.task == "lm":
         tasks = {
@@ -138,6 +153,10 @@ def tasks_for(artifact: Artifact, bench: Bench, places: Places, wanted: list[str
                 dataset=describe_dataset(bench.text, places), n_ctx=bench.n_ctx, n_chunks=bench.n_chunks
             ),
         }
+        if divergence:
+            tasks["divergence"] = lambda: divergence
+        if profile:
+            tasks["profile"] = lambda: profile
     else:
         tasks = {
             "parity": Parity,
@@ -277,10 +296,23 @@ def _side_by_side(
 def _plan(folder: Path, places: Places, settings: Settings, where: Path, conditions: Sequence[Any]) -> Plan:
     """The job's id hashes what its samples depend on; `.N` counts the times it was asked for anew."""
     artifact = load_artifact(folder)
-    tasks = tasks_for(artifact, bench_settings(artifact, settings.overrides), places, settings.wanted)
+    tasks = tasks_for(
+        artifact,
+        bench_settings(artifact, settings.overrides),
+        places,
+        settings.wanted,
+        settings.divergence.get(artifact.model),
+        _profile(folder, artifact) if "profile" in (settings.wanted or ()) and artifact.task == "lm" else None,
+    )
     name = f"{artifact.name[:60]}-{digest([artifact.id, tasks, *conditions, device_code_version()])[:12]}"
     latest = max((_run_number(path) for path in where.glob(f"{name}.*")), default=0)
     return Plan(folder, artifact, tasks, f"{name}.{latest + 1 if settings.again else max(1, latest)}")
+
+
+def _profile(folder: Path, artifact: Artifact) -> Profile:
+    from pipeline.plan_costs import profile_task  # torch loads in seconds
+
+    return profile_task(folder / artifact.entry)
 
 
 def _job(plan: Plan, folders: tuple[str, str, str], threads: int, kind: Provenance, settings: Settings) -> Job:
@@ -380,7 +412,7 @@ def _goods(plan: Plan, places: Places) -> list[Goods]:
 
 
 def _data_files(plan: Plan) -> list[File]:
-    return [task.dataset.file for task in plan.tasks if isinstance(task, Perplexity | Tweets)]
+    return [task.dataset.file for task in plan.tasks if isinstance(task, Perplexity | Tweets | Divergence)]
 
 
 def _refuse_if_busy(device: Device, seen: remote.Status, plans: Sequence[Plan]) -> None:

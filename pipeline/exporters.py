@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from device.schema import Fallback, Kind, ModelTask, SlimpiError, Step, sha256_file
-from pipeline import calibrate, checkpoint, sources
+from pipeline import budgets, calibrate, checkpoint, hessians, quantize, sensitivity, sources
+from pipeline import plan as plans
 from pipeline.export import gguf as gguf_export
 from pipeline.export import llama_quantize, onnx
-from pipeline.formats import bits_per_weight
+from pipeline.formats import FORMATS, bits_per_weight
+from pipeline.layers import Stats
+from pipeline.methods import METHODS
 from pipeline.progress import Progressor
-from pipeline.recipes import Recipe
-from pipeline.store import Places, digest, stage
+from pipeline.recipes import Recipe, artifact_name
+from pipeline.store import Places, digest, stage, tool_versions
 from pipeline.tweets import head
+from pipeline.variants import VariantSpec, parse_variant
+
+_NOTES_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -42,7 +51,8 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Made:
-    """One variant's files, written into its folder, and what their bits mean."""
+    """One variant's files, written into its folder, and what their bits mean. spent: stages it alone needed, which may
+    go once the artifact stands."""
 
     entry: str
     types: dict[str, str]
@@ -53,15 +63,17 @@ class Made:
     lineage: list[Step]
     fallbacks: list[Fallback] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    spent: list[Path] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Exporter:
-    """kind and task of what it makes, its variants, the shared part, and one variant."""
+    """kind and task of what it makes, the shared part, and one variant. check: SlimpiError if it knows no such variant
+    (it may know more than can be listed)."""
 
     kind: Kind
     task: ModelTask
-    variants: Collection[str]
+    check: Callable[[str], object]
     prepare: Callable[[Context], Prepared]
     make: Callable[[Context, Prepared, str, Path], Made]
 
@@ -81,7 +93,7 @@ def _prepare_gguf(context: Context) -> Prepared:
     )
     lineage = [Step(action="convert", source=context.source.spec, settings={"dtype": "auto (lossless)"})]
     importance = None
-    if any(llama_quantize.VARIANTS[v].needs_imatrix or v in _WITH_IMPORTANCE for v in recipe.variants):
+    if any(v in _WITH_IMPORTANCE for v in recipe.variants):
         importance, step = _importance(context, base / "base.gguf")
         lineage.append(step)
     notes = [f"the reference: {note}" for note in model.notes]
@@ -113,26 +125,146 @@ def _importance(context: Context, base: Path) -> tuple[Path, Step]:
 
 
 def _make_gguf(context: Context, prepared: Prepared, variant: str, folder: Path) -> Made:
+    out = folder / f"{artifact_name(context.recipe, variant)}.gguf"
+    spec = parse_variant(variant)
+    if spec.method:
+        return _quantize_by_method(context, prepared, spec, out)
     importance = prepared.importance if variant in _WITH_IMPORTANCE else None
-    out = folder / f"{context.recipe.name}-{variant}.gguf"
     with context.progress.step(f"quantize {variant}") as tick:
         # Quantizing shares no barrier between its threads, so all cores help even on a busy machine.
         result = llama_quantize.quantize_gguf(prepared.base, out, variant, importance, os.cpu_count() or 1, tick)
-    tensors = gguf_export.read_gguf_types(out)
-    linear = [t for t in tensors if _is_block_matrix(t[0])]
     settings = {"variant": variant, "importance": importance is not None}
     uncovered = f"importance matrix does not cover: {', '.join(result.without_importance)}"
     return Made(
-        entry=out.name,
-        types=result.types,
-        n_weights=sum(n_elements for _, _, n_elements, _ in tensors),
-        n_linear_weights=sum(n_elements for _, _, n_elements, _ in linear),
-        bits_per_weight=bits_per_weight(tensors),
-        bits_per_linear_weight=bits_per_weight(linear),
+        **_measured(out, result.types),
         lineage=[Step(action="llama_model_quantize", source="base.gguf", settings=settings)],
         fallbacks=result.fallbacks,
         notes=[uncovered] if result.without_importance else [],
     )
+
+
+def _measured(out: Path, types: dict[str, str]) -> dict[str, Any]:
+    tensors = gguf_export.read_gguf_types(out)
+    linear = [t for t in tensors if _is_block_matrix(t[0])]
+    return {
+        "entry": out.name,
+        "types": types,
+        "n_weights": sum(n_elements for _, _, n_elements, _ in tensors),
+        "n_linear_weights": sum(n_elements for _, _, n_elements, _ in linear),
+        "bits_per_weight": bits_per_weight(tensors),
+        "bits_per_linear_weight": bits_per_weight(linear),
+    }
+
+
+def _quantize_by_method(context: Context, prepared: Prepared, spec: VariantSpec, out: Path) -> Made:
+    """One of METHODS, layer by layer, into the types of a plan."""
+    model = checkpoint.load(prepared.base)
+    needed = METHODS[spec.method].needs != "nothing" or spec.bits or spec.mib
+    stats, lineage = _stats(context, prepared.base) if needed else ({}, [])
+    shop = quantize.Workshop(
+        context.places.stages,
+        context.recipe.name,
+        weights_key=context.source.sha256,
+        stats_key=[step.settings for step in lineage],
+        device=quantize.compute_device(),
+        say=context.progress.say,
+    )
+    plan, planning = _plan(context, prepared, spec, model, stats, shop)
+    with context.progress.step(f"quantize {spec.name}") as tick:
+        parts = quantize.quantize_model(model, spec.method, plan, stats, shop, tick)
+    _show(context, parts.notes)
+    with context.progress.step(f"write {spec.name}") as tick:
+        encode = quantize.encoder(parts, plan)
+        types = gguf_export.export_gguf(
+            model, out, "auto", encode, progress=lambda name, done, total: tick(done, total, name)
+        )
+    settings = {"method": spec.method, "plan": spec.name.partition("-")[2], "device": shop.device.type}
+    return Made(
+        **_measured(out, types),
+        lineage=[*lineage, *planning, Step(action="quantize", source="base.gguf", settings=settings)],
+        fallbacks=list(plan.fallbacks),
+        notes=parts.notes,
+        spent=parts.blocks,
+    )
+
+
+def _show(context: Context, notes: list[str]) -> None:
+    for note in notes[:_NOTES_SHOWN]:
+        context.progress.say(f"    {note}")
+    if len(notes) > _NOTES_SHOWN:
+        context.progress.say(f"    and {len(notes) - _NOTES_SHOWN} more such notes, in its manifest.json")
+
+
+def _stats(context: Context, base: Path) -> tuple[dict[str, Stats], list[Step]]:
+    """Statistics of every block matrix's input on the calibration text, and the step that made them."""
+    settings = context.recipe.calibration
+    text = sources.dataset(settings.text, context.places.sources)
+    facts = {"n_ctx": settings.n_ctx, "n_chunks": settings.n_chunks, "text_sha256": sha256_file(text)}
+    # Not a `stage`: a killed collection keeps the layers it has.
+    name = f"{context.recipe.name}-stats-{digest([context.source.sha256, facts, tool_versions()])[:16]}"
+    with context.progress.step(f"statistics of the inputs on {settings.text}") as tick:
+        folder = hessians.collect_stats(
+            base,
+            text,
+            context.places.stages / name,
+            settings.n_ctx,
+            settings.n_chunks,
+            context.threads,
+            progress=tick,
+        )
+    return hessians.load_stats(folder), [Step(action="calibrate", source=settings.text, settings=facts)]
+
+
+def _plan(
+    context: Context,
+    prepared: Prepared,
+    spec: VariantSpec,
+    model: checkpoint.Checkpoint,
+    stats: dict[str, Stats],
+    shop: quantize.Workshop,
+) -> tuple[plans.Plan, list[Step]]:
+    """The spec's plan, resolved to exact tensors, and the steps that led to it."""
+    if spec.mix:
+        # Some mixes have other types with an importance matrix; llama-quantize's own variants have one.
+        importance, _ = _importance(context, prepared.base)
+        return plans.mix(prepared.base, spec.mix, importance), []
+    base = plans.read_base(prepared.base)
+    kind = FORMATS[spec.uniform or _EMBEDDINGS_BESIDE_A_BUDGET]
+    output = "Q6_K" if kind.bits_per_weight < FORMATS["Q6_K"].bits_per_weight else kind.name
+    fixed = plans.uniform(base, kind.name, embeddings=kind.name, output=output)
+    if spec.uniform:
+        return fixed, []
+    felt, step = _sensitivity(context, model)
+    with context.progress.step("predict each matrix's divergence in each type") as tick:
+        costs = budgets.predicted_divergence(model, base, stats, felt, shop, tick)
+    if spec.bits:
+        return budgets.within_bits(base, fixed, costs, spec.bits), [step]
+    return budgets.within_bytes(base, fixed, costs, int(spec.mib * 2**20)), [step]
+
+
+_EMBEDDINGS_BESIDE_A_BUDGET = "Q4_K"
+
+
+def _sensitivity(context: Context, model: checkpoint.Checkpoint) -> tuple[dict[str, torch.Tensor], Step]:
+    """How much the output feels each row of the block matrices, on the start of the calibration text."""
+    settings = context.recipe.calibration
+    text = sources.dataset(settings.text, context.places.sources)
+    n_ctx = min(settings.n_ctx, _FELT_CTX)
+    facts = {"n_ctx": n_ctx, "n_chunks": _FELT_CHUNKS, "text_sha256": sha256_file(text)}
+    key = ["sensitivity", context.source.sha256, facts]
+
+    def collect(folder: Path) -> None:
+        with context.progress.step(f"sensitivity of the output on {settings.text}") as tick:
+            chunks = sensitivity.cut(model, text, n_ctx, _FELT_CHUNKS)
+            found = sensitivity.collect(model, chunks, quantize.compute_device(), tick=tick)
+            sensitivity.save(folder / "sensitivity.npz", found)
+
+    folder = stage(context.places.stages, f"{context.recipe.name}-sensitivity", key, collect, context.progress.say)
+    step = Step(action="sensitivity", source=settings.text, settings=facts)
+    return sensitivity.load(folder / "sensitivity.npz"), step
+
+
+_FELT_CTX, _FELT_CHUNKS = 256, 8
 
 
 def _is_block_matrix(tensor: str) -> bool:
@@ -207,6 +339,15 @@ def _make_onnx(context: Context, prepared: Prepared, variant: str, folder: Path)
 
 
 EXPORTERS: dict[str, Exporter] = {
-    "gguf": Exporter("gguf", "lm", llama_quantize.VARIANTS, _prepare_gguf, _make_gguf),
-    "onnx": Exporter("onnx", "classifier", onnx.ONNX_VARIANTS, _prepare_onnx, _make_onnx),
+    "gguf": Exporter("gguf", "lm", parse_variant, _prepare_gguf, _make_gguf),
+    "onnx": Exporter("onnx", "classifier", onnx.check_variant, _prepare_onnx, _make_onnx),
 }
+
+
+def knows(recipe: Recipe, variant: str) -> bool:
+    """Whether the recipe's exporter makes a variant of this name."""
+    try:
+        EXPORTERS[recipe.export].check(variant)
+    except SlimpiError:
+        return False
+    return True

@@ -15,7 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from device.schema import Artifact, Perplexity, SlimpiError, Task, Throughput, Tweets
+from device.schema import (
+    Artifact,
+    Divergence,
+    Perplexity,
+    Profile,
+    RecordLogits,
+    SlimpiError,
+    Task,
+    Throughput,
+    Tweets,
+)
 
 MIB = 2**20
 MARGIN = 1.05
@@ -62,7 +72,20 @@ def footprints(artifact: Artifact, folder: Path, tasks: Sequence[Task]) -> list[
     header = read_gguf(entry)
     embedding = header.tensors.get("token_embd.weight")
     n_vocab = embedding.shape[0] if embedding else 0
-    return [_llama(artifact, task, header.keys, n_vocab) for task in tasks]
+    n_golden = artifact.golden.n if artifact.golden else 1
+    return [
+        _profile(task)
+        if isinstance(task, Profile)
+        else _llama(artifact.size_bytes, task, header.keys, n_vocab, n_golden)
+        for task in tasks
+    ]
+
+
+def _profile(task: Profile) -> Footprint:
+    """It loads no model: a working set of matrices, and the largest one's bytes that they are filled from."""
+    largest = max(p.rows * p.columns * (F32_BYTES if p.format == "F32" else F16_BYTES) for p in task.products)
+    results = task.n_tokens * max(p.rows + p.columns for p in task.products) * F32_BYTES
+    return Footprint(_name(task), max(task.working_set_mib * MIB, largest) + largest, 0, results, LLAMA_BASE_BYTES)
 
 
 def check(name: str, artifact: Artifact, wanted: Sequence[Footprint], available_bytes: int) -> None:
@@ -81,14 +104,29 @@ def check(name: str, artifact: Artifact, wanted: Sequence[Footprint], available_
         )
 
 
+def largest_file_bytes(keys: dict[str, Any], n_vocab: int, n_ctx: int, available_bytes: int) -> int:
+    """The largest GGUF that `check` lets decode with a context of n_ctx tokens in available_bytes.
+
+    SlimpiError if not even an empty one fits.
+    """
+    rest = _llama(0, Throughput(n_prompt=n_ctx, n_gen=1), keys, n_vocab, 0).total_bytes
+    file = int(available_bytes / MARGIN) - rest
+    if file <= 0:
+        raise SlimpiError(
+            f"{available_bytes / 1e6:.0f} MB do not hold the KV cache, buffers and runtime of a context of {n_ctx} "
+            f"tokens, {rest * MARGIN / 1e6:.0f} MB. Take a smaller context."
+        )
+    return file
+
+
 def _onnx(artifact: Artifact, task: Task) -> Footprint:
     texts = task.batch_size if isinstance(task, Tweets) else 1
     weights = int(artifact.size_bytes * ONNX_FILE_FACTOR)
     return Footprint(_name(task), weights, 0, texts * ONNX_TEXT_BYTES, ONNX_BASE_BYTES)
 
 
-def _llama(artifact: Artifact, task: Task, keys: dict[str, Any], n_vocab: int) -> Footprint:
-    n_ctx, n_outputs, kept = _shape(artifact, task)
+def _llama(size_bytes: int, task: Task, keys: dict[str, Any], n_vocab: int, n_golden: int) -> Footprint:
+    n_ctx, n_outputs, kept = _shape(task, n_golden)
     rows = min(n_ctx, N_UBATCH)
     family = str(keys.get("general.architecture", ""))
     width = _largest(keys.get(f"{family}.embedding_length"))
@@ -98,21 +136,20 @@ def _llama(artifact: Artifact, task: Task, keys: dict[str, Any], n_vocab: int) -
     activations = rows * (2 * inner + 6 * width) * F32_BYTES
     return Footprint(
         task=_name(task),
-        weights_bytes=artifact.size_bytes,
+        weights_bytes=size_bytes,
         cache_bytes=cache_bytes(keys, n_ctx),
         compute_bytes=logits + activations,
         base_bytes=LLAMA_BASE_BYTES + n_vocab * VOCAB_ENTRY_BYTES,
     )
 
 
-def _shape(artifact: Artifact, task: Task) -> tuple[int, int, int]:
+def _shape(task: Task, n_golden: int) -> tuple[int, int, int]:
     """(context length, positions of one batch that give logits, rows of logits the task keeps)."""
-    if isinstance(task, Perplexity):
+    if isinstance(task, Perplexity | RecordLogits | Divergence):
         return task.n_ctx, min(task.n_ctx - task.n_ctx // 2, N_UBATCH), 0
     if isinstance(task, Throughput):
         return max(task.n_prompt, task.n_gen), 1, 0
-    golden = artifact.golden.n if artifact.golden else 1
-    return CACHE_PAD, golden, 2 * golden
+    return CACHE_PAD, n_golden, 2 * n_golden
 
 
 def cache_bytes(keys: dict[str, Any], n_ctx: int) -> int:

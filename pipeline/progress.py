@@ -18,6 +18,14 @@ def quiet(done: int, total: int, what: str) -> None:
     """A Tick that shows nothing."""
 
 
+def remaining(elapsed_s: float, done: int, left: int) -> str:
+    """ ", about 3 min left" at the pace so far; empty while there is none to tell."""
+    if done <= 0 or left <= 0:
+        return ""
+    left_s = elapsed_s / done * left
+    return f", about {left_s / 60:.0f} min left" if left_s >= 90 else f", about {left_s:.0f} s left"
+
+
 class Progressor:
     """Shows one step of work at a time; `plain` forces lines even on a terminal."""
 
@@ -40,12 +48,17 @@ class Progressor:
     @contextmanager
     def _plain_lines(self, title: str) -> Iterator[Tick]:
         last = time.monotonic()
+        first: tuple[float, int] | None = None
 
         def tick(done: int, total: int, what: str) -> None:
-            nonlocal last
-            if time.monotonic() - last >= PLAIN_INTERVAL_S:
-                last = time.monotonic()
-                self.say(f"  {title}: {done}/{total or '?'} {what}")
+            nonlocal last, first
+            now = time.monotonic()
+            first = first or (now, done)
+            if now - last >= PLAIN_INTERVAL_S:
+                last = now
+                self.say(
+                    f"  {title}: {done}/{total or '?'} {what}{remaining(now - first[0], done - first[1], total - done)}"
+                )
 
         yield tick
 

@@ -98,6 +98,11 @@ def read_recipe(path: Path) -> Recipe:
         raise SlimpiError(f"recipe {path}: {error}. See models/*.toml for examples.") from error
 
 
+def artifact_name(recipe: Recipe, variant: str) -> str:
+    """Recipe and variant as ids, folders and files may be called: methods may have a plus sign, names may not."""
+    return f"{recipe.name}-{variant.replace('+', '_')}"
+
+
 def as_dict(recipe: Recipe) -> dict[str, Any]:
     """The recipe as plain data, for hashing and for the manifest."""
     plain: dict[str, Any] = msgspec.to_builtins(recipe)

@@ -14,6 +14,7 @@ from device.schema import Report
 from pipeline.compare import (
     Row,
     answer,
+    describe_divergence,
     describe_energy,
     describe_latency,
     describe_loss,
@@ -48,6 +49,7 @@ def show(rows: Sequence[Row]) -> None:
 
 def _table(rows: Sequence[Row]) -> Table:
     table = Table(title=Text(_conditions(rows)), title_justify="left", title_style="")
+    diverging = any(r.kld for r in rows)
     for name, justify in (
         ("variant", "left"),
         ("MiB", "right"),
@@ -55,6 +57,7 @@ def _table(rows: Sequence[Row]) -> Table:
         ("linear", "right"),
         ("quality", "left"),
         ("loss against the reference [95%]", "left"),
+        *([("KL divergence [95%]", "left")] if diverging else []),
         ("speed", "left"),
         ("latency", "left"),
         ("load ms", "right"),
@@ -71,12 +74,12 @@ def _table(rows: Sequence[Row]) -> Table:
         table.add_section()
         table.add_row(Text(f"{host}: {model}" if several else model, style="bold"))
         for row in group:
-            cells = _cells(row, row.artifact.id in front) + ([describe_energy(row)] if has_energy else [])
-            table.add_row(*map(Text, cells))
+            cells = _cells(row, row.artifact.id in front, diverging)
+            table.add_row(*map(Text, cells + ([describe_energy(row)] if has_energy else [])))
     return table
 
 
-def _cells(row: Row, on_front: bool) -> list[str]:
+def _cells(row: Row, on_front: bool, diverging: bool) -> list[str]:
     artifact = row.artifact
     marks = (
         ("*" if on_front else "")
@@ -90,6 +93,7 @@ def _cells(row: Row, on_front: bool) -> list[str]:
         f"{artifact.bits_per_linear_weight:.2f}",
         describe_quality(row),
         describe_loss(row),
+        *([describe_divergence(row)] if diverging else []),
         describe_speed(row),
         describe_latency(row),
         f"{row.load_ms:.0f}" if row.load_ms is not None else "-",

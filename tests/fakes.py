@@ -77,7 +77,9 @@ def llama_weights(shape: LlamaShape, seed: int = 0) -> dict[str, NDArray[np.floa
     return weights
 
 
-def write_llama(path: Path, shape: LlamaShape | None = None, seed: int = 0) -> None:
+def write_llama(
+    path: Path, shape: LlamaShape | None = None, seed: int = 0, weights: dict[str, NDArray[np.float32]] | None = None
+) -> None:
     """An F32 GGUF that llama.cpp loads, with a byte-fallback SentencePiece vocabulary."""
     shape = shape or LlamaShape()
     writer = gguf.GGUFWriter(path, "llama")
@@ -104,7 +106,7 @@ def write_llama(path: Path, shape: LlamaShape | None = None, seed: int = 0) -> N
     writer.add_unk_token_id(0)
     writer.add_add_bos_token(shape.add_bos)
     writer.add_add_eos_token(shape.add_eos)
-    for name, tensor in llama_weights(shape, seed).items():
+    for name, tensor in (weights or llama_weights(shape, seed)).items():
         writer.add_tensor(name, tensor)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -6,17 +6,22 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from fakes import TEXT, World, artifact
 
 from device import agent
 from device.schema import (
+    Divergence,
     Event,
     Golden,
     Job,
     Parity,
     Perplexity,
+    Product,
+    Profile,
     RecordGolden,
+    RecordLogits,
     Report,
     Throughput,
     Tweets,
@@ -50,15 +55,43 @@ def golden_job(world: World, kind: str) -> Job:
     return world.job(kind, [Parity()], artifact=artifact(folder, kind, golden=golden))
 
 
+def divergence_job(world: World) -> Job:
+    """A job that scores the fake model against its own recording, made by a first run of the agent."""
+    record = RecordLogits(dataset=world.dataset("text.txt"), n_ctx=32, n_chunks=2)
+    recorded = world.job("gguf", [record], work_dir=str(world.root / "recording"))
+    report, _ = run(recorded)
+    assert report.results[0].status == "ok", report.results[0].error
+    (world.root / "recording" / "reference.logits").rename(world.root / "data" / "reference.logits")
+    task = Divergence(
+        dataset=world.dataset("reference.logits"),
+        n_ctx=32,
+        n_chunks=2,
+        corpus="text.txt",
+        corpus_sha256=record.dataset.file.sha256,
+        reference=recorded.artifact.id,
+    )
+    return world.job("gguf", [task])
+
+
+def profile(**changes: Any) -> Profile:
+    """Two formats and two shapes, a working set of a few matrices."""
+    shapes = [(24, 32), (512, 256)]
+    products = [Product(format=kind, rows=rows, columns=n) for rows, n in shapes for kind in ("Q4_0", "F16")]
+    return Profile(**{"products": products, "working_set_mib": 1, "repetitions": 3} | changes)
+
+
 FAKES: dict[type, list[Callable[[World], Job]]] = {
     Perplexity: [lambda w: w.job("gguf", [Perplexity(dataset=w.dataset("text.txt"), n_ctx=32, n_chunks=3)])],
     Throughput: [lambda w: w.job("gguf", [Throughput(n_prompt=16, n_gen=8, repetitions=3)])],
+    Profile: [lambda w: w.job("gguf", [profile()])],
     Tweets: [lambda w: w.job("onnx", [Tweets(dataset=w.dataset("tweets.csv"), batch_size=2)])],
     Parity: [lambda w: golden_job(w, "gguf"), lambda w: golden_job(w, "onnx")],
     RecordGolden: [
         lambda w: w.job("gguf", [RecordGolden(dataset=w.dataset("text.txt"), n=4, n_tokens=16)]),
         lambda w: w.job("onnx", [RecordGolden(dataset=w.dataset("tweets.csv"), n=3)]),
     ],
+    RecordLogits: [lambda w: w.job("gguf", [RecordLogits(dataset=w.dataset("text.txt"), n_ctx=32, n_chunks=2)])],
+    Divergence: [divergence_job],
 }
 
 

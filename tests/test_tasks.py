@@ -111,7 +111,7 @@ def test_log_probs_equal_the_float64_twin_even_for_large_logits() -> None:
     rows = (rng.standard_normal((5, 300)) * 30 + 200).astype(np.float32)
     targets = rng.integers(0, 300, 4).astype(np.int32)
     expected = [-reference.negative_log_likelihood(rows[i], int(t)) for i, t in enumerate(targets)]
-    got = language.log_probs(rows, targets)
+    got = language.log_probs(rows[:4], targets)
     assert got.shape == (4,)
     np.testing.assert_allclose(got, expected, rtol=1e-6)
 

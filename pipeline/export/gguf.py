@@ -36,7 +36,7 @@ class EncodedTensor:
     read: Callable[[], np.ndarray]
 
 
-Encode = Callable[[str, Tensor], EncodedTensor | None]
+Encode = Callable[[str, Tensor], EncodedTensor | GgmlType | None]
 Progress = Callable[[str, int, int], None]
 
 
@@ -79,9 +79,9 @@ def export_gguf(
     """Write a GGUF file and return {GGUF tensor name: type written}.
 
     `dtype` "auto" keeps each tensor's own precision; one-dimensional tensors are always F32. `encode(name, tensor)`
-    is asked first, with GGUF names and layouts, and may give a tensor in codes of its own. `progress(tensor, bytes
-    done, bytes in all)`. Whole or not at all. SlimpiError on a config llama.cpp runs differently, values outside
-    F16's range, blocks of the wrong size, or too little disk space.
+    is asked first, with GGUF names and layouts, and may give a tensor in blocks of its own, or the float type it gets.
+    `progress(tensor, bytes done, bytes in all)`. Whole or not at all. SlimpiError on a config llama.cpp runs
+    differently, values outside F16's range, blocks of the wrong size, or too little disk space.
     """
     check_config(checkpoint.architecture, checkpoint.config)
     outputs = {name: _plan(name, t, dtype, encode) for name, t in gguf_tensors(checkpoint).items()}
@@ -108,9 +108,11 @@ def export_gguf(
 
 def _plan(name: str, tensor: Tensor, dtype: DType, encode: Encode | None) -> _Output:
     encoded = encode(name, tensor) if encode is not None else None
-    if encoded is not None:
+    if isinstance(encoded, EncodedTensor):
         return _encoded(name, tensor, encoded)
-    if len(tensor.shape) == 1:
+    if encoded is not None:
+        ggml_type = encoded
+    elif len(tensor.shape) == 1:
         ggml_type = GgmlType.F32
     else:
         ggml_type = _LOSSLESS[tensor.dtype] if dtype == "auto" else GgmlType[dtype]

@@ -94,14 +94,7 @@ def quantize_gguf(
     kind = _checked(base, out, variant, imatrix, threads)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    request = {
-        "base": str(base),
-        "out": str(partial),
-        "ftype": kind.ftype,
-        "imatrix": str(imatrix) if imatrix else None,
-        "threads": threads,
-        "dequantize": variant == "F32",
-    }
+    request = _request(base, partial, variant, imatrix, threads)
     try:
         log = _run(request, base, variant, progress)
         result = _read_result(partial, kind, log)
@@ -110,6 +103,35 @@ def quantize_gguf(
     finally:
         partial.unlink(missing_ok=True)
     return result
+
+
+def planned_types(base: Path, variant: str, imatrix: Path | None) -> Quantized:
+    """What `quantize_gguf` would make of `base`, from llama.cpp's dry run: types and fallbacks, no file written.
+
+    Raises SlimpiError as `quantize_gguf` does. `without_importance` stays empty: only the real run tells.
+    """
+    nowhere = base.with_name(f".{base.name}.planned")
+    kind, log = _checked(base, nowhere, variant, imatrix, 1), _Log()
+    request = {**_request(base, nowhere, variant, imatrix, 1), "dry_only": True}
+
+    def on_line(line: str) -> None:
+        log.read(line)
+
+    run_fresh("pipeline.export.llama_quantize", request, on_line, f"planning {variant} for {base.name}")
+    _check_log(log, log.types)
+    return Quantized(log.types, [*log.fallbacks, *_unlogged_fallbacks(log.types, kind, log.columns)])
+
+
+def _request(base: Path, out: Path, variant: str, imatrix: Path | None, threads: int) -> dict[str, Any]:
+    return {
+        "base": str(base),
+        "out": str(out),
+        "ftype": VARIANTS[variant].ftype,
+        "imatrix": str(imatrix) if imatrix else None,
+        "threads": threads,
+        "dequantize": variant == "F32",
+        "dry_only": False,
+    }
 
 
 def _checked(base: Path, out: Path, variant: str, imatrix: Path | None, threads: int) -> Variant:
@@ -132,6 +154,7 @@ _PLANNED = "slimpi-planned"  # between the child's dry run and its real one
 # Log of llama.cpp, which is the only place that says what a type was before it fell back.
 
 _TENSOR = re.compile(r"\[ *(\d+)/ *(\d+)\] (\S+) +- \[ *(\d+), [^\]]*\], type = +(\S+),")
+_NEW_TYPE = re.compile(r"-> +[\d.]+ MiB \((\S+)\)$|, converting to (\S+) \.\.")
 _FALLBACK = re.compile(
     r"warning: (\S+) +- ncols +(\d+) not divisible by +(\d+) \(required for type +(\S+)\) "
     r"(?:\(WARNING: must use F16 due to unusual shape\) )?-> falling back to +(\S+)"
@@ -146,6 +169,7 @@ class _Log:
     """The facts in llama_model_quantize's log, in order of appearance."""
 
     columns: dict[str, int] = field(default_factory=dict)
+    types: dict[str, str] = field(default_factory=dict)
     fallbacks: list[Fallback] = field(default_factory=list)
     n_fallbacks: int = 0
     unweighted: list[str] = field(default_factory=list)
@@ -163,8 +187,10 @@ class _Log:
         elif found := _SIZE.search(line):
             self.sizes_mib[found[1]] = float(found[2])
         if found := _TENSOR.search(line):
-            done, total, tensor, columns, _ = found.groups()
+            done, total, tensor, columns, kept = found.groups()
             self.columns[tensor] = int(columns)
+            new = _NEW_TYPE.search(line)
+            self.types[tensor] = ((new[1] or new[2]) if new else kept).upper()
             return int(done), int(total), tensor
         return None
 
@@ -206,6 +232,11 @@ def _read_result(path: Path, kind: Variant, log: _Log) -> Quantized:
     from pipeline.export.gguf import read_gguf_types
 
     types = {tensor: got for tensor, got, _, _ in read_gguf_types(path)}
+    _check_log(log, types)
+    return Quantized(types, [*log.fallbacks, *_unlogged_fallbacks(types, kind, log.columns)], log.unweighted)
+
+
+def _check_log(log: _Log, types: dict[str, str]) -> None:
     wrong = [f.tensor for f in log.fallbacks if types.get(f.tensor) != f.got]
     if wrong or len(log.fallbacks) != log.n_fallbacks or types.keys() != log.columns.keys():
         raise SlimpiError(
@@ -213,7 +244,6 @@ def _read_result(path: Path, kind: Variant, log: _Log) -> Quantized:
             f"{len(log.fallbacks)} and {len(types)}, {len(wrong)} with other types in the file. "
             "Install the pinned llama-cpp-python."
         )
-    return Quantized(types, [*log.fallbacks, *_unlogged_fallbacks(types, kind, log.columns)], log.unweighted)
 
 
 def _unlogged_fallbacks(types: dict[str, str], kind: Variant, columns: dict[str, int]) -> Iterable[Fallback]:
@@ -252,6 +282,8 @@ def _handle(request: dict[str, Any]) -> None:
         status = llama_cpp.llama_model_quantize(request["base"].encode(), request["out"].encode(), ctypes.byref(params))
         if status:
             sys.exit(status)  # the log's last lines say why
+        if request["dry_only"]:
+            return
         if params.dry_run:
             emit(_PLANNED)
 

@@ -74,16 +74,19 @@ def export_encoder(model_dir: Path, out_dir: Path, labels: list[str], max_tokens
 
 def make_variant(base: Path, out_dir: Path, variant: str) -> OnnxSummary:
     """Write `variant` of the fp32 file `base` to out_dir/model.onnx, with the tokenizer.json beside `base`."""
-    make = ONNX_VARIANTS.get(variant)
-    if make is None:
-        raise SlimpiError(f"unknown ONNX variant {variant!r}. Known: {', '.join(ONNX_VARIANTS)}.")
+    check_variant(variant)
     tokenizer = base.with_name("tokenizer.json")
     if not tokenizer.is_file():
         raise SlimpiError(f"{tokenizer} is missing. Export the encoder again.")
     out_dir.mkdir(parents=True, exist_ok=True)
     write_atomic(out_dir / "tokenizer.json", tokenizer.read_bytes())
-    make(base, out_dir / "model.onnx")
+    ONNX_VARIANTS[variant](base, out_dir / "model.onnx")
     return describe_onnx(out_dir / "model.onnx")
+
+
+def check_variant(variant: str) -> None:
+    if variant not in ONNX_VARIANTS:
+        raise SlimpiError(f"unknown ONNX variant {variant!r}. Known: {', '.join(ONNX_VARIANTS)}.")
 
 
 def copy_fp32(fp32: Path, out: Path) -> Path:

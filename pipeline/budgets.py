@@ -1,0 +1,122 @@
+"""Plans that fit a budget: what each matrix would cost the model's output in each format, and the program that chooses.
+
+The cost of a matrix in a format is the rise in KL divergence that `pipeline.sensitivity` predicts from the error that
+searched scales leave, 1/2 sum over rows of E[g_r^2] E[(W - W^)_r x]^2; a method that does better does so everywhere.
+Rows are sampled: they are many, alike, and quantized each by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import msgspec
+import torch
+
+from device.schema import SlimpiError
+from pipeline import plan as plans
+from pipeline import plan_costs, plan_milp
+from pipeline.checkpoint import Checkpoint
+from pipeline.export.gguf import gguf_tensors
+from pipeline.layers import Layer, Stats
+from pipeline.methods import METHODS
+from pipeline.plan import Base, Plan
+from pipeline.progress import Tick
+from pipeline.quantize import Workshop, read_layer
+from pipeline.store import stage
+
+CANDIDATES = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+SAMPLED_ROWS = 128
+_METHOD = "search"
+_COSTS = "costs.json"
+
+
+def within_bits(base: Base, fixed: Plan, costs: plan_costs.Costs, bits: float) -> Plan:
+    """The plan of least predicted divergence with at most `bits` a weight over the linear layers.
+
+    The matrices outside the blocks are as in `fixed`. SlimpiError if nothing is so small.
+    """
+    sizes = plans.sizes(base, costs, padded=False)
+    least = 8 * plan_milp.smallest(sizes) / sum(_weights(base, name) for name in costs)
+    if bits < least:
+        raise SlimpiError(
+            f"{bits:g} bits per weight are less than the {least:.4f} of the smallest formats. Allow more."
+        )
+    return _chosen(fixed, costs, plan_milp.solve(costs, sizes, plans.bits_budget(base, bits)))
+
+
+def within_bytes(base: Base, fixed: Plan, costs: plan_costs.Costs, limit_bytes: int) -> Plan:
+    """The plan of least predicted divergence whose file has at most `limit_bytes`; else as `within_bits`."""
+    budget = plans.file_budget(base, fixed, costs, limit_bytes)
+    sizes = plans.sizes(base, costs)
+    if (least := plan_milp.smallest(sizes)) > budget:
+        short = (limit_bytes - budget + least) / 2**20
+        raise SlimpiError(
+            f"a file of {limit_bytes / 2**20:.1f} MiB is too small: the smallest has {short:.1f}. Allow more."
+        )
+    return _chosen(fixed, costs, plan_milp.solve(costs, sizes, budget))
+
+
+def _chosen(fixed: Plan, costs: plan_costs.Costs, choice: plan_milp.Choice) -> Plan:
+    kept = tuple(fallback for fallback in fixed.fallbacks if fallback.tensor not in costs)
+    return Plan({**fixed.formats, **choice.formats}, kept)
+
+
+def _weights(base: Base, name: str) -> int:
+    rows, columns = base.shapes[name]
+    return rows * columns
+
+
+def predicted_divergence(
+    checkpoint: Checkpoint,
+    base: Base,
+    stats: Mapping[str, Stats],
+    sensitivity: Mapping[str, torch.Tensor],
+    shop: Workshop,
+    tick: Tick,
+) -> plan_costs.Costs:
+    """{block matrix: {candidate format: nats}}, block by block, each block a stage of its own."""
+    tensors = gguf_tensors(checkpoint)
+    choices = plans.choices(base, base.linear, CANDIDATES)
+    n_blocks = checkpoint.config["num_hidden_layers"]
+    costs: plan_costs.Costs = {}
+    for index in range(n_blocks):
+
+        def make(folder: Path, index: int = index) -> None:
+            layer = read_layer(tensors, index, (), shop.device)
+            found = _layer_costs(layer, stats, sensitivity, choices)
+            (folder / _COSTS).write_bytes(msgspec.json.encode(found))
+
+        key = [shop.weights_key, shop.stats_key, CANDIDATES, SAMPLED_ROWS, _METHOD, shop.device.type]
+        folder = stage(shop.root, f"{shop.name}-costs-blk.{index}", key, make, shop.say)
+        costs |= msgspec.json.decode((folder / _COSTS).read_bytes(), type=dict[str, dict[str, float]])
+        tick(index + 1, n_blocks, f"blk.{index}")
+    return costs
+
+
+def _layer_costs(
+    layer: Layer,
+    stats: Mapping[str, Stats],
+    sensitivity: Mapping[str, torch.Tensor],
+    choices: Mapping[str, Sequence[str]],
+) -> plan_costs.Costs:
+    prefix = f"blk.{layer.index}."
+    sampled, scale = {}, {}
+    for name, w in layer.matrices.items():
+        step = max(1, w.shape[0] // SAMPLED_ROWS)
+        weight = sensitivity[prefix + name][::step].to(w.device)
+        # A row's share of the divergence goes with the square of its values: in the row it is counted by any measure.
+        sampled[name] = w[::step] * weight.sqrt()[:, None] / weight.max().sqrt()
+        scale[prefix + name] = 0.5 * float(weight.max()) * w.shape[0] / len(weight)
+    known = _read_once({name: stats[prefix + name] for name in layer.matrices})
+    part = replace(layer, matrices=sampled)
+    errors = plan_costs.layer_errors(part, known, choices, METHODS[_METHOD].run, plan_costs.output)
+    return {name: {kind: error * scale[name] for kind, error in row.items()} for name, row in errors.items()}
+
+
+def _read_once(stats: Mapping[str, Stats]) -> dict[str, Stats]:
+    """The same statistics with Hessians that stay in memory; matrices that share one go on sharing it."""
+    by_input = {id(s): replace(s, hessian=cache(s.hessian)) for s in stats.values()}
+    return {name: by_input[id(s)] for name, s in stats.items()}

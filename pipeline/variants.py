@@ -1,0 +1,77 @@
+"""Names of GGUF variants: llama-quantize's own (Q4_K_M), or METHOD-PLAN (GPTQ-Q4_K): codes chosen by a method of ours.
+
+PLAN is a ggml type, which every matrix of the decoder blocks gets; or the name of one of llama-quantize's mixes, whose
+types tensor by tensor it takes over (where a name is both, the type is meant, and `-mix` after it asks for the mix); or
+a budget, 3.1bpw over the linear layers or 700MiB for the file, under which the types are chosen that lose least.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from device.schema import SlimpiError
+from pipeline.export.llama_quantize import VARIANTS
+from pipeline.formats import FORMATS
+from pipeline.methods import METHODS
+
+TYPES = tuple(name for name, kind in FORMATS.items() if kind.ggml_type and kind.codes)
+"""Types whose codes methods choose."""
+
+MIXES = tuple(name for name, mix in VARIANTS.items() if mix.base_type in TYPES)
+"""llama-quantize's mixes of these types."""
+
+_MIX = "-mix"
+_BUDGET = re.compile(r"(?P<number>\d+(?:\.\d+)?)(?P<unit>bpw|MiB)")
+
+
+@dataclass(frozen=True)
+class VariantSpec:
+    """A variant's name, taken apart. method: a key of METHODS, "" = llama-quantize chooses codes and types.
+
+    Exactly one of uniform (a type), mix (one of llama-quantize's names), bits (per linear weight) and mib (of the file)
+    is set.
+    """
+
+    name: str
+    method: str
+    uniform: str = ""
+    mix: str = ""
+    bits: float = 0.0
+    mib: float = 0.0
+
+
+def parse_variant(name: str) -> VariantSpec:
+    """The variant of this name; SlimpiError says which part is unknown and what is known."""
+    if name in VARIANTS:
+        return VariantSpec(name, method="", mix=name)
+    method, dash, plan = name.partition("-")
+    if not dash:
+        raise SlimpiError(f"unknown GGUF variant {name!r}. Known: {_known(VARIANTS)}; or METHOD-PLAN: {_help()}")
+    if method != method.upper() or method.lower() not in METHODS:
+        raise SlimpiError(
+            f"unknown method {method!r} in the variant {name!r}. Known: {_known(map(str.upper, METHODS))}."
+        )
+    if plan in TYPES:
+        return VariantSpec(name, method.lower(), uniform=plan)
+    if (found := _BUDGET.fullmatch(plan)) and (number := float(found["number"])) > 0:
+        in_bits = found["unit"] == "bpw"
+        return VariantSpec(name, method.lower(), bits=number * in_bits, mib=number * (not in_bits))
+    mix = plan.removesuffix(_MIX)
+    if mix in MIXES:
+        return VariantSpec(name, method.lower(), mix=mix)
+    raise SlimpiError(f"unknown plan {plan!r} in the variant {name!r}. Known: {_plans()}.")
+
+
+def _help() -> str:
+    return f"a method ({_known(map(str.upper, METHODS))}) and {_plans()}."
+
+
+def _plans() -> str:
+    mixes = _known(v for v in MIXES if v not in TYPES)
+    return f"a type ({_known(TYPES)}), a mix of llama-quantize ({mixes}), or a budget (3.1bpw, 700MiB)"
+
+
+def _known(names: Iterable[str]) -> str:
+    return ", ".join(names)

@@ -1,0 +1,191 @@
+"""Plans under a budget: the predicted divergence is the measured one, and the budget is kept to the byte."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+from test_convert import TOKENS, agreement, hf_logits
+
+from device.schema import SlimpiError
+from pipeline import budgets, hessians, plan, sensitivity
+from pipeline.architectures import gguf_names, row_order
+from pipeline.build import build
+from pipeline.checkpoint import Checkpoint, load
+from pipeline.export.gguf import export_gguf
+from pipeline.plan import Base, Plan
+from pipeline.progress import Progressor, quiet
+from pipeline.quantize import Workshop
+from pipeline.recipes import Calibration, Golden, Recipe
+from pipeline.store import Places, load_artifact
+
+CPU = torch.device("cpu")
+CHUNKS = torch.from_numpy(TOKENS.astype(np.int64)).reshape(-1, 64)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, torch.nn.Module]]:
+    root = tmp_path_factory.mktemp("models")
+    made: dict[str, torch.nn.Module] = {}
+
+    def get(name: str) -> tuple[Path, torch.nn.Module]:
+        folder = root / name
+        if name not in made:
+            made[name] = tiny_models.save_tiny(name, folder / "hf")
+            export_gguf(load(folder / "hf"), folder / "base.gguf", "auto")
+        return folder, made[name]
+
+    return get
+
+
+@pytest.mark.parametrize("name", ["llama-biased", "qwen2", "gemma2", "gemma3"])
+def test_predicted_divergence_is_the_measured_one(
+    name: str, models: Callable[[str], tuple[Path, torch.nn.Module]]
+) -> None:
+    """Small noise in some rows of one matrix raises the KL divergence by what the rows' sensitivities say."""
+    folder, model = models(name)
+    checkpoint = load(folder / "hf")
+    felt = sensitivity.collect(checkpoint, CHUNKS, CPU)
+    names = gguf_names(checkpoint.architecture, list(checkpoint.tensors), checkpoint.config["num_hidden_layers"])
+    modules = dict(model.named_modules())
+    ratios = []
+    for part in ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"):
+        for index in (0, 2):
+            hf = f"model.layers.{index}.{part}"
+            ratios.append(measured_over_predicted(checkpoint, model, modules[hf], hf, felt[names[f"{hf}.weight"]]))
+    assert felt.keys() == {n for n in names.values() if n.startswith("blk.") and "weight" in n and "norm" not in n}
+    assert 0.85 < np.exp(np.mean(np.log(ratios))) < 1.15
+    assert 0.6 < min(ratios) < max(ratios) < 1.6
+
+
+def measured_over_predicted(
+    checkpoint: Checkpoint, model: torch.nn.Module, module: torch.nn.Module, name: str, felt: torch.Tensor
+) -> float:
+    """The rows are a quarter of them, in GGUF's order: a wrong order of rows would show."""
+    order = row_order(checkpoint.architecture, checkpoint.config, f"{name}.weight")
+    weight = module.weight
+    rows = torch.arange(weight.shape[0])[: weight.shape[0] // 4]
+    in_hf = rows if order is None else torch.from_numpy(order.copy())[rows]
+    seen: list[torch.Tensor] = []
+    hook = module.register_forward_pre_hook(lambda m, args: seen.append(args[0].reshape(-1, weight.shape[1])))
+    before = np.concatenate([hf_logits(model, chunk.numpy()) for chunk in CHUNKS])
+    hook.remove()
+    mean_x2 = torch.cat(seen).square().mean(0)
+    noise = torch.zeros_like(weight)
+    generator = torch.Generator().manual_seed(1)
+    noise[in_hf] = 0.01 * weight.std() * torch.randn(len(rows), weight.shape[1], generator=generator)
+    with torch.no_grad():
+        weight += noise
+    after = np.concatenate([hf_logits(model, chunk.numpy()) for chunk in CHUNKS])
+    with torch.no_grad():
+        weight -= noise
+    predicted = 0.5 * float((felt[rows] * (noise[in_hf].square() * mean_x2).sum(1)).sum().detach())
+    return agreement(before, after)[1] / predicted
+
+
+def test_the_same_seed_gives_the_same_sensitivities(
+    models: Callable[[str], tuple[Path, torch.nn.Module]], tmp_path: Path
+) -> None:
+    checkpoint = load(models("qwen2")[0] / "base.gguf")
+    first, again, other = (sensitivity.collect(checkpoint, CHUNKS[:2], CPU, seed) for seed in (0, 0, 1))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+    sensitivity.save(tmp_path / "s.npz", first)
+    loaded = sensitivity.load(tmp_path / "s.npz")
+    assert loaded.keys() == first.keys()
+    assert all(torch.equal(first[name], loaded[name]) for name in first)
+
+
+def test_chunks_are_those_of_llama_cpp(models: Callable[[str], tuple[Path, torch.nn.Module]]) -> None:
+    from llama_cpp_side import llama_tokens
+
+    folder, _ = models("gemma3")
+    chunks = sensitivity.cut(load(folder / "base.gguf"), tiny_models.PROSE, 32, 3)
+    text = tiny_models.PROSE.read_text(encoding="utf-8")
+    theirs = np.array(llama_tokens(folder / "base.gguf", [text], folder, add_special=False)[0][:96]).reshape(3, 32)
+    assert np.array_equal(chunks[:, 1:], theirs[:, 1:])
+    assert chunks[:, 0].tolist() == [2, 2, 2]
+    with pytest.raises(SlimpiError, match=r"has \d+ chunks of 32 tokens, 99999 asked"):
+        sensitivity.cut(load(folder / "base.gguf"), tiny_models.PROSE, 32, 99999)
+
+
+@pytest.fixture(scope="module")
+def costed(models: Callable[[str], tuple[Path, torch.nn.Module]]) -> tuple[Base, Plan, dict[str, dict[str, float]]]:
+    """A base, a plan whose embeddings stay, and what each block matrix costs in each format."""
+    folder, _ = models("qwen2")
+    checkpoint = load(folder / "base.gguf")
+    hessians.collect_stats(folder / "base.gguf", tiny_models.PROSE, folder / "stats", n_ctx=64, n_chunks=4)
+    shop = Workshop(folder / "stages", "tiny", "weights", "stats", CPU, say=lambda message: None)
+    base = plan.read_base(folder / "base.gguf")
+    felt = sensitivity.collect(checkpoint, CHUNKS[:4], CPU)
+    stats = hessians.load_stats(folder / "stats")
+    costs = budgets.predicted_divergence(checkpoint, base, stats, felt, shop, quiet)
+    again = budgets.predicted_divergence(checkpoint, base, {}, {}, shop, quiet)
+    assert costs == again, "each block is kept"
+    return base, plan.uniform(base, "Q4_0", embeddings="Q4_0", output="Q8_0"), costs
+
+
+def test_more_bits_cost_less(costed: tuple[Base, Plan, dict[str, dict[str, float]]]) -> None:
+    base, _, costs = costed
+    assert costs.keys() == set(base.linear)
+    for row in costs.values():
+        assert row.keys() == {"IQ4_NL", "Q4_1", "Q5_0", "Q5_1", "Q8_0"}
+        assert row["Q8_0"] < row["Q5_1"] < min(row["Q4_1"], row["IQ4_NL"])
+        assert 0 < row["Q8_0"] < row["IQ4_NL"] / 50
+
+
+@pytest.mark.parametrize("bits", [4.5, 4.75, 5.1, 8.5, 20])
+def test_the_budget_of_bits_is_kept_and_used(
+    bits: float, costed: tuple[Base, Plan, dict[str, dict[str, float]]]
+) -> None:
+    base, fixed, costs = costed
+    found = budgets.within_bits(base, fixed, costs, bits)
+    got = plan.linear_bits_per_weight(base, found)
+    assert got <= bits + 1e-9
+    assert got > min(bits, 8.5) - 0.1
+    assert found.formats["token_embd.weight"] == fixed.formats["token_embd.weight"]
+    assert {f.tensor for f in found.fallbacks} <= {"token_embd.weight", "output.weight"}
+    lost = sum(costs[name][found.formats[name]] for name in costs)
+    uniform = [sum(row[kind] for row in costs.values()) for kind in ("IQ4_NL", "Q5_0") if plan_bits(kind) <= bits]
+    assert lost <= min(uniform)
+
+
+def plan_bits(kind: str) -> float:
+    return {"IQ4_NL": 4.5, "Q5_0": 5.5}[kind]
+
+
+def test_the_budget_of_bytes_is_the_file(costed: tuple[Base, Plan, dict[str, dict[str, float]]]) -> None:
+    base, fixed, costs = costed
+    limit = plan.file_bytes(base, fixed) + 9_000
+    found = budgets.within_bytes(base, fixed, costs, limit)
+    assert limit - 2_000 < plan.file_bytes(base, found) <= limit
+
+
+def test_too_small_a_budget_tells_the_smallest(costed: tuple[Base, Plan, dict[str, dict[str, float]]]) -> None:
+    base, fixed, costs = costed
+    with pytest.raises(SlimpiError, match=r"3\.1 bits per weight are less than the 4\.5000 of the smallest"):
+        budgets.within_bits(base, fixed, costs, 3.1)
+    with pytest.raises(SlimpiError, match=r"a file of 0\.1 MiB is too small: the smallest has 0\.\d MiB|Allow more"):
+        budgets.within_bytes(base, fixed, costs, plan.file_bytes(base, fixed) - 20_000)
+
+
+def test_a_recipe_names_budgets(tmp_path: Path) -> None:
+    tiny_models.save_tiny("qwen2", tmp_path / "hf", torch.bfloat16)
+    recipe = Recipe(
+        name="tiny",
+        source=f"path:{tmp_path / 'hf'}",
+        export="gguf",
+        variants=["BF16", "SEARCH-5bpw", "RTN-0.2MiB"],
+        calibration=Calibration(n_ctx=64, n_chunks=8),
+        golden=Golden(n=4, n_tokens=16),
+    )
+    _, bits, size = [load_artifact(f) for f in build(recipe, Places(tmp_path / "home"), Progressor(plain=True))]
+    assert 4.9 < bits.bits_per_linear_weight <= 5
+    assert len({kind for name, kind in bits.plan.items() if name.startswith("blk.")}) > 2
+    assert [step.action for step in bits.lineage] == ["convert", "calibrate", "sensitivity", "quantize"]
+    assert bits.lineage[-1].settings["plan"] == "5bpw"
+    assert 0.19 * 2**20 < size.size_bytes <= 0.2 * 2**20
