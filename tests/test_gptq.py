@@ -62,7 +62,7 @@ def test_codes_equal_the_papers(kind: Format, order: gptq.Order) -> None:
     damped = reference.damped(h.numpy(), gptq.DAMPING)
     codes, margins, _ = reference.gptq(w.numpy(), damped, grid, scale, offset, columns)
     # float32 may decide a near tie otherwise, after which a row goes its own way
-    certain = (margins > 2e-3).all(1)
+    certain = (margins > 5e-4).all(1)
     assert certain.sum() >= 4
     np.testing.assert_array_equal(q.codes.numpy()[certain], codes[certain])
 
@@ -109,15 +109,20 @@ def test_polish_ends_where_no_single_code_helps(kind: Format) -> None:
     assert gain < 1e-4
 
 
-@pytest.mark.parametrize("which", ["scale_codes", "min_codes"])
-def test_polish_ends_where_no_single_scale_code_helps(kind: Format, which: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "which"),
+    [
+        *((name, "scale_codes") for name in ("Q2_K", "Q3_K", "Q4_K", "IQ4_XS", "MXQ_B3_G64")),
+        *((name, "min_codes") for name in ("Q4_K", "INT4_G64_ZP", "MXQ_B3_G64")),
+    ],
+)
+def test_polish_ends_where_no_single_scale_code_helps(name: str, which: str) -> None:
+    kind = FORMATS[name]
     w, h = correlated(3, max(kind.block_size, 64), seed=4)
     curvature = gptq.factorize(h)
     q = gptq.solve(w, curvature, kind, rounds=3, sweeps=12)
     assert kind.codes is not None
     limits = kind.codes.scale_range if which == "scale_codes" else kind.codes.min_range
-    if limits[0] == limits[1]:
-        pytest.skip("the format has no such codes")
     damped = curvature.h.double().numpy()
 
     def row_losses(tensor: QTensor) -> np.ndarray:

@@ -28,7 +28,7 @@ Order = Literal["columns", "activation"]
 DAMPING = 0.01
 TRIES = 4
 """Damping is raised tenfold after each failure but the last of so many."""
-ROUNDS = 2
+ROUNDS = 1
 SWEEPS = 2
 
 
@@ -211,7 +211,7 @@ def _round(
         panels = (tensor[low:high].unbind() for tensor in (now, goal, q, error))
         for k, (wanted, aim, value, left) in enumerate(zip(*panels, strict=True), low):
             group = groups[k]
-            value.copy_(nearest((wanted - offsets[group]).mul_(inverses[group])))
+            nearest(torch.sub(wanted, offsets[group], out=value).mul_(inverses[group]))
             torch.sub(aim, torch.addcmul(offsets[group], value, scales[group]), out=left)
             now[k + 1 : high].addr_(feedback[k + 1 : high, k], left)
         now[high:].addmm_(feedback[high:, low:high], error[low:high])
