@@ -204,7 +204,7 @@ def test_fewer_tokens_than_columns() -> None:
     w, _ = correlated(8, 64, seed=11)
     x = torch.randn(7, 64, generator=torch.Generator().manual_seed(0))
     h = x.T @ x / 7
-    q, notes = gptq.quantize(w, stats_of(h), FORMATS["Q4_1"])
+    q, notes = gptq.quantize(w, stats_of(h), FORMATS["Q4_1"], damping=0.01)
     assert not notes
     assert loss(w, q, h) < 0.1 * loss(w, search.quantize(w, stats_of(h), FORMATS["Q4_1"])[0], h)
 
@@ -214,7 +214,7 @@ def test_a_failed_cholesky_raises_damping_and_says_so() -> None:
     values, vectors = torch.linalg.eigh(h)
     values[0] = -0.05 * float(h.diagonal().mean())
     broken = vectors @ torch.diag(values) @ vectors.T
-    q, notes = gptq.quantize(w, stats_of(broken), FORMATS["Q4_0"])
+    q, notes = gptq.quantize(w, stats_of(broken), FORMATS["Q4_0"], damping=0.01)
     assert notes == ["Cholesky failed with damping 0.01 of the mean diagonal; raised to 0.1"]
     again, _ = gptq.quantize(w, stats_of(broken), FORMATS["Q4_0"], damping=0.1)
     assert torch.equal(q.codes, again.codes)
@@ -234,7 +234,7 @@ def test_what_cannot_be_is_refused(broken: str) -> None:
         stats = None
     message = {"indefinite": "fails even with damping 10 of", "nan": "not finite", "columns": "48 columns"}
     with pytest.raises(SlimpiError, match=message.get(broken, "needs a Hessian")):
-        gptq.quantize(w, stats, FORMATS["Q4_0"])
+        gptq.quantize(w, stats, FORMATS["Q4_0"], damping=0.01)
 
 
 def test_nothing_is_made_on_another_device(kind: Format) -> None:
