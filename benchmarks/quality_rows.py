@@ -189,11 +189,14 @@ def _cross(o: Point, a: Point, b: Point) -> float:
 
 
 def interpolate(hull: Sequence[Point], x: float) -> float | None:
-    """The hull's y at x, linear between its points; None outside of it."""
+    """The hull's y at x, linear between its points; its first y left of it (it falls, so a smaller file of theirs would
+    be no better); None right of it."""
+    if hull and x <= hull[0][0]:
+        return hull[0][1]
     for left, right in pairwise(hull):
         if left[0] <= x <= right[0]:
             return left[1] + (right[1] - left[1]) * (x - left[0]) / (right[0] - left[0])
-    return hull[0][1] if len(hull) == 1 and hull[0][0] == x else None
+    return None
 
 
 def log_kld(kld: float) -> float:
@@ -219,7 +222,7 @@ def ratio_at_equal_bytes(size_bytes: int, kld_chunks: Sequence[float], peers: Ma
     """Mean KLD over the peers' hull at the same bytes. peers: {bytes: mean KLD of each chunk}, over the same chunks.
 
     The interval is the delete-one jackknife's over chunks, on the logarithm (Efron and Stein 1981): the chunks are
-    paired, so what makes one of them hard for every file cancels. SlimpiError if the hull does not reach size_bytes.
+    paired, so what makes one of them hard for every file cancels. SlimpiError if the hull ends before size_bytes.
     """
     n = len(kld_chunks)
     whole = _log_ratio(size_bytes, kld_chunks, peers, skip=None)
@@ -242,7 +245,7 @@ def _log_ratio(
 
     there = interpolate(lower_hull([(x, mean(chunks)) for x, chunks in peers.items()]), size_bytes)
     if there is None:
-        raise SlimpiError(f"no llama-quantize files lie on both sides of {size_bytes} bytes. Measure more of them.")
+        raise SlimpiError(f"no llama-quantize file has {size_bytes} bytes or more. Measure a larger one.")
     return mean(kld_chunks) - there
 
 
@@ -292,8 +295,8 @@ def _verdict(rows: Sequence[QualityRow], corpus: str, target: float) -> Verdict:
 
 
 def _around(sizes: Sequence[float], x: float) -> list[float]:
-    """The one size that is x, or the two next to it."""
-    return [x] if x in sizes else [max(s for s in sizes if s < x), min(s for s in sizes if s > x)]
+    """The one size that is x, or those next to it."""
+    return [x] if x in sizes else [*sorted(s for s in sizes if s < x)[-1:], *sorted(s for s in sizes if s > x)[:1]]
 
 
 def _unjudged(model: str, corpus: str, target: float, ours: Sequence[QualityRow], hull: Sequence[Point]) -> Verdict:
@@ -302,7 +305,7 @@ def _unjudged(model: str, corpus: str, target: float, ours: Sequence[QualityRow]
     elif not hull:
         why = "no llama-quantize file was measured"
     else:
-        why = f"{ours[0].variant} lies outside of llama-quantize's sizes"
+        why = f"{ours[0].variant} is larger than every llama-quantize file"
     return Verdict(
         model=model,
         corpus=corpus,

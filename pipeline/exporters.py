@@ -11,13 +11,14 @@ from typing import Any
 import torch
 
 from device.schema import Fallback, Kind, ModelTask, SlimpiError, Step, sha256_file
-from pipeline import budgets, calibrate, checkpoint, hessians, quantize, sensitivity, sources
+from pipeline import calibrate, checkpoint, hessians, predicted_costs, quantize, sensitivity, sources
 from pipeline import plan as plans
 from pipeline.export import gguf as gguf_export
 from pipeline.export import llama_quantize, onnx
 from pipeline.formats import FORMATS, bits_per_weight
 from pipeline.layers import Stats
 from pipeline.methods import METHODS
+from pipeline.plan_budgets import Budget, best_plan
 from pipeline.progress import Progressor
 from pipeline.recipes import Recipe, artifact_name
 from pipeline.store import Places, digest, stage, tool_versions
@@ -236,10 +237,9 @@ def _plan(
         return fixed, []
     felt, step = _sensitivity(context, model)
     with context.progress.step("predict each matrix's divergence in each type") as tick:
-        costs = budgets.predicted_divergence(model, base, stats, felt, shop, tick)
-    if spec.bits:
-        return budgets.within_bits(base, fixed, costs, spec.bits), [step]
-    return budgets.within_bytes(base, fixed, costs, int(spec.mib * 2**20)), [step]
+        costs = predicted_costs.predicted_divergence(model, base, stats, felt, shop, tick)
+    budget = Budget(linear_bits=spec.bits) if spec.bits else Budget(file_bytes=int(spec.mib * 2**20))
+    return best_plan(base, fixed, costs, budget)[0], [step]
 
 
 _EMBEDDINGS_BESIDE_A_BUDGET = "Q4_K"

@@ -60,10 +60,9 @@ def best_single_change(w: Array, codes: Array, h: Array, grid: Array, scale: Arr
     best = 0.0
     for row in range(len(w)):
         error = w[row].astype(np.float64) - (grid[codes[row]] * scale[row] + offset[row])
-        loss = error @ h @ error
+        slope = h @ error
+        loss = error @ slope
         for k in range(w.shape[1]):
-            for value in grid:
-                changed = error.copy()
-                changed[k] = w[row, k] - (value * scale[row, k] + offset[row, k])
-                best = max(best, (loss - changed @ h @ changed) / loss)
-    return best
+            change = w[row, k] - (grid * scale[row, k] + offset[row, k]) - error[k]
+            best = max(best, -np.min(2 * change * slope[k] + change**2 * h[k, k]) / loss)
+    return float(best)

@@ -111,6 +111,12 @@ def test_scales_and_weights_agree() -> None:
     layer, stats = toy_layer(3)
     found = awq.scale(layer, stats, dict.fromkeys(layer.matrices, FORMATS["Q4_0"]), each(awq.clipped), rtn.quantize)
     assert found.scales.keys() == {fold.producer for fold in layer.folds}
+    undone = 0.0
+    for name, w in layer.matrices.items():
+        values = found.tensors[name].dequantize() / found.column_scales[name]
+        values = values * found.row_scales[name][:, None] if name in found.row_scales else values
+        undone += awq.row_losses(values - w, stats[name].hessian()).sum().item()
+    assert awq.finished_loss(found, list(layer.matrices)) == pytest.approx(undone, rel=1e-3)
     for name, w in layer.matrices.items():
         expected = w * found.column_scales[name]
         if name in found.row_scales:

@@ -62,7 +62,7 @@ def test_codes_equal_the_papers(kind: Format, order: gptq.Order) -> None:
     damped = reference.damped(h.numpy(), gptq.DAMPING)
     codes, margins, _ = reference.gptq(w.numpy(), damped, grid, scale, offset, columns)
     # float32 may decide a near tie otherwise, after which a row goes its own way
-    certain = (margins > 2e-3).all(1)
+    certain = (margins > 5e-4).all(1)
     assert certain.sum() >= 4
     np.testing.assert_array_equal(q.codes.numpy()[certain], codes[certain])
 
@@ -109,15 +109,20 @@ def test_polish_ends_where_no_single_code_helps(kind: Format) -> None:
     assert gain < 1e-4
 
 
-@pytest.mark.parametrize("which", ["scale_codes", "min_codes"])
-def test_polish_ends_where_no_single_scale_code_helps(kind: Format, which: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "which"),
+    [
+        *((name, "scale_codes") for name in ("Q2_K", "Q3_K", "Q4_K", "IQ4_XS", "MXQ_B3_G64")),
+        *((name, "min_codes") for name in ("Q4_K", "INT4_G64_ZP", "MXQ_B3_G64")),
+    ],
+)
+def test_polish_ends_where_no_single_scale_code_helps(name: str, which: str) -> None:
+    kind = FORMATS[name]
     w, h = correlated(3, max(kind.block_size, 64), seed=4)
     curvature = gptq.factorize(h)
     q = gptq.solve(w, curvature, kind, rounds=3, sweeps=12)
     assert kind.codes is not None
     limits = kind.codes.scale_range if which == "scale_codes" else kind.codes.min_range
-    if limits[0] == limits[1]:
-        pytest.skip("the format has no such codes")
     damped = curvature.h.double().numpy()
 
     def row_losses(tensor: QTensor) -> np.ndarray:
@@ -199,7 +204,7 @@ def test_fewer_tokens_than_columns() -> None:
     w, _ = correlated(8, 64, seed=11)
     x = torch.randn(7, 64, generator=torch.Generator().manual_seed(0))
     h = x.T @ x / 7
-    q, notes = gptq.quantize(w, stats_of(h), FORMATS["Q4_1"])
+    q, notes = gptq.quantize(w, stats_of(h), FORMATS["Q4_1"], damping=0.01)
     assert not notes
     assert loss(w, q, h) < 0.1 * loss(w, search.quantize(w, stats_of(h), FORMATS["Q4_1"])[0], h)
 
@@ -209,7 +214,7 @@ def test_a_failed_cholesky_raises_damping_and_says_so() -> None:
     values, vectors = torch.linalg.eigh(h)
     values[0] = -0.05 * float(h.diagonal().mean())
     broken = vectors @ torch.diag(values) @ vectors.T
-    q, notes = gptq.quantize(w, stats_of(broken), FORMATS["Q4_0"])
+    q, notes = gptq.quantize(w, stats_of(broken), FORMATS["Q4_0"], damping=0.01)
     assert notes == ["Cholesky failed with damping 0.01 of the mean diagonal; raised to 0.1"]
     again, _ = gptq.quantize(w, stats_of(broken), FORMATS["Q4_0"], damping=0.1)
     assert torch.equal(q.codes, again.codes)
@@ -229,7 +234,7 @@ def test_what_cannot_be_is_refused(broken: str) -> None:
         stats = None
     message = {"indefinite": "fails even with damping 10 of", "nan": "not finite", "columns": "48 columns"}
     with pytest.raises(SlimpiError, match=message.get(broken, "needs a Hessian")):
-        gptq.quantize(w, stats, FORMATS["Q4_0"])
+        gptq.quantize(w, stats, FORMATS["Q4_0"], damping=0.01)
 
 
 def test_nothing_is_made_on_another_device(kind: Format) -> None:

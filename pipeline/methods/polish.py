@@ -133,13 +133,13 @@ def from_scales(kind: Format, scales: Scales) -> Coded:
 
 
 def rounder(codes: Codes, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The nearest grid value of each element of a tensor, which may be overwritten."""
+    """In place: the nearest grid value of each element."""
     low, high = codes.grid[0], codes.grid[-1]
     if high - low == len(codes.grid) - 1:
         return lambda x: x.round_().clamp_(low, high)
     grid = torch.tensor(codes.grid, dtype=torch.float32, device=device)
     middles = torch.tensor([(a + b) / 2 for a, b in pairwise(codes.grid)], device=device)
-    return lambda x: grid[torch.bucketize(x, middles)]
+    return lambda x: torch.index_select(grid, 0, torch.bucketize(x, middles, out_int32=True), out=x)
 
 
 def improve(part: Coded, error: torch.Tensor, gradient: torch.Tensor, h: torch.Tensor, rounds: int) -> None:
@@ -161,17 +161,21 @@ def step_codes(part: Coded, error: torch.Tensor, gradient: torch.Tensor, h: torc
     freedom = (1 / h.diagonal()).tolist()
     for low in range(0, len(error), PANEL):
         high = min(low + PANEL, len(error))
-        panel, moved = gradient[low:high], torch.empty_like(gradient[low:high])
-        parts = (part.q[low:high].unbind(), panel.unbind(), moved.unbind(), h[low:high, low:high].unbind(1))
-        for k, (q, wanted, change, curvature) in enumerate(zip(*parts, strict=True), low):
-            group = k // size
-            new = nearest(torch.addcmul(q, wanted, inverses[group], value=freedom[k]))
-            torch.mul(new - q, scales[group], out=change)
-            panel.addr_(curvature, change, alpha=-1)
-            q.copy_(new)
+        now, moved, new = (
+            gradient[low:high].clone(),
+            torch.empty_like(error[low:high]),
+            torch.empty_like(error[low:high]),
+        )
+        corner = h[low:high, low:high].contiguous()
+        parts = (tensor.unbind() for tensor in (part.q[low:high], new, now, moved, corner))
+        for k, (old, q, wanted, change, curvature) in enumerate(zip(*parts, strict=True), low):
+            nearest(torch.addcmul(old, wanted, inverses[k // size], value=freedom[k], out=q))
+            torch.sub(q, old, out=change).mul_(scales[k // size])
+            after = k + 1 - low
+            now[after:].addr_(curvature[after:], change, alpha=-1)
+        part.q[low:high] = new
         error[low:high] -= moved
-        gradient[:low].addmm_(h[:low, low:high], moved, alpha=-1)
-        gradient[high:].addmm_(h[high:, low:high], moved, alpha=-1)
+        gradient.addmm_(h[:, low:high], moved, alpha=-1)
 
 
 def step_scales(part: Coded, error: torch.Tensor, gradient: torch.Tensor, h: torch.Tensor) -> None:

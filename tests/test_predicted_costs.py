@@ -12,12 +12,13 @@ import torch
 from test_convert import TOKENS, agreement, hf_logits
 
 from device.schema import SlimpiError
-from pipeline import budgets, hessians, plan, sensitivity
+from pipeline import hessians, plan, predicted_costs, sensitivity
 from pipeline.architectures import gguf_names, row_order
 from pipeline.build import build
 from pipeline.checkpoint import Checkpoint, load
 from pipeline.export.gguf import export_gguf
 from pipeline.plan import Base, Plan
+from pipeline.plan_budgets import Budget, best_plan
 from pipeline.progress import Progressor, quiet
 from pipeline.quantize import Workshop
 from pipeline.recipes import Calibration, Golden, Recipe
@@ -123,8 +124,8 @@ def costed(models: Callable[[str], tuple[Path, torch.nn.Module]]) -> tuple[Base,
     base = plan.read_base(folder / "base.gguf")
     felt = sensitivity.collect(checkpoint, CHUNKS[:4], CPU)
     stats = hessians.load_stats(folder / "stats")
-    costs = budgets.predicted_divergence(checkpoint, base, stats, felt, shop, quiet)
-    again = budgets.predicted_divergence(checkpoint, base, {}, {}, shop, quiet)
+    costs = predicted_costs.predicted_divergence(checkpoint, base, stats, felt, shop, quiet)
+    again = predicted_costs.predicted_divergence(checkpoint, base, {}, {}, shop, quiet)
     assert costs == again, "each block is kept"
     return base, plan.uniform(base, "Q4_0", embeddings="Q4_0", output="Q8_0"), costs
 
@@ -143,7 +144,7 @@ def test_the_budget_of_bits_is_kept_and_used(
     bits: float, costed: tuple[Base, Plan, dict[str, dict[str, float]]]
 ) -> None:
     base, fixed, costs = costed
-    found = budgets.within_bits(base, fixed, costs, bits)
+    found = best_plan(base, fixed, costs, Budget(linear_bits=bits))[0]
     got = plan.linear_bits_per_weight(base, found)
     assert got <= bits + 1e-9
     assert got > min(bits, 8.5) - 0.1
@@ -161,16 +162,8 @@ def plan_bits(kind: str) -> float:
 def test_the_budget_of_bytes_is_the_file(costed: tuple[Base, Plan, dict[str, dict[str, float]]]) -> None:
     base, fixed, costs = costed
     limit = plan.file_bytes(base, fixed) + 9_000
-    found = budgets.within_bytes(base, fixed, costs, limit)
+    found = best_plan(base, fixed, costs, Budget(file_bytes=limit))[0]
     assert limit - 2_000 < plan.file_bytes(base, found) <= limit
-
-
-def test_too_small_a_budget_tells_the_smallest(costed: tuple[Base, Plan, dict[str, dict[str, float]]]) -> None:
-    base, fixed, costs = costed
-    with pytest.raises(SlimpiError, match=r"3\.1 bits per weight are less than the 4\.5000 of the smallest"):
-        budgets.within_bits(base, fixed, costs, 3.1)
-    with pytest.raises(SlimpiError, match=r"a file of 0\.1 MiB is too small: the smallest has 0\.\d MiB|Allow more"):
-        budgets.within_bytes(base, fixed, costs, plan.file_bytes(base, fixed) - 20_000)
 
 
 def test_a_recipe_names_budgets(tmp_path: Path) -> None:

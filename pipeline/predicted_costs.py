@@ -1,4 +1,4 @@
-"""Plans that fit a budget: what each matrix would cost the model's output in each format, and the program that chooses.
+"""What each matrix would cost the model's output in each format: the table from which a budget's plan is chosen.
 
 The cost of a matrix in a format is the rise in KL divergence that `pipeline.sensitivity` predicts from the error that
 searched scales leave, 1/2 sum over rows of E[g_r^2] E[(W - W^)_r x]^2; a method that does better does so everywhere.
@@ -15,14 +15,13 @@ from pathlib import Path
 import msgspec
 import torch
 
-from device.schema import SlimpiError
 from pipeline import plan as plans
-from pipeline import plan_costs, plan_milp
+from pipeline import plan_costs
 from pipeline.checkpoint import Checkpoint
 from pipeline.export.gguf import gguf_tensors
 from pipeline.layers import Layer, Stats
 from pipeline.methods import METHODS
-from pipeline.plan import Base, Plan
+from pipeline.plan import Base
 from pipeline.progress import Tick
 from pipeline.quantize import Workshop, read_layer
 from pipeline.store import stage
@@ -31,42 +30,6 @@ CANDIDATES = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "Q4_1"
 SAMPLED_ROWS = 128
 _METHOD = "search"
 _COSTS = "costs.json"
-
-
-def within_bits(base: Base, fixed: Plan, costs: plan_costs.Costs, bits: float) -> Plan:
-    """The plan of least predicted divergence with at most `bits` a weight over the linear layers.
-
-    The matrices outside the blocks are as in `fixed`. SlimpiError if nothing is so small.
-    """
-    sizes = plans.sizes(base, costs, padded=False)
-    least = 8 * plan_milp.smallest(sizes) / sum(_weights(base, name) for name in costs)
-    if bits < least:
-        raise SlimpiError(
-            f"{bits:g} bits per weight are less than the {least:.4f} of the smallest formats. Allow more."
-        )
-    return _chosen(fixed, costs, plan_milp.solve(costs, sizes, plans.bits_budget(base, bits)))
-
-
-def within_bytes(base: Base, fixed: Plan, costs: plan_costs.Costs, limit_bytes: int) -> Plan:
-    """The plan of least predicted divergence whose file has at most `limit_bytes`; else as `within_bits`."""
-    budget = plans.file_budget(base, fixed, costs, limit_bytes)
-    sizes = plans.sizes(base, costs)
-    if (least := plan_milp.smallest(sizes)) > budget:
-        short = (limit_bytes - budget + least) / 2**20
-        raise SlimpiError(
-            f"a file of {limit_bytes / 2**20:.1f} MiB is too small: the smallest has {short:.1f}. Allow more."
-        )
-    return _chosen(fixed, costs, plan_milp.solve(costs, sizes, budget))
-
-
-def _chosen(fixed: Plan, costs: plan_costs.Costs, choice: plan_milp.Choice) -> Plan:
-    kept = tuple(fallback for fallback in fixed.fallbacks if fallback.tensor not in costs)
-    return Plan({**fixed.formats, **choice.formats}, kept)
-
-
-def _weights(base: Base, name: str) -> int:
-    rows, columns = base.shapes[name]
-    return rows * columns
 
 
 def predicted_divergence(
