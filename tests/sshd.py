@@ -5,13 +5,12 @@ from __future__ import annotations
 import getpass
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,17 +36,29 @@ class Server:
 
     def sessions(self) -> list[psutil.Process]:
         """The server's processes that serve a connection."""
-        return [p for p in psutil.Process(self.pid).children(recursive=True) if p.name().startswith("sshd")]
+        return _sessions(self.pid)
 
     def cut(self) -> int:
         """Kill every connection as if the cable were pulled; how many processes there were."""
-        victims = self.sessions()
-        for process in victims:
-            try:
-                process.send_signal(signal.SIGKILL)
-            except psutil.NoSuchProcess:
-                continue
-        return len(victims)
+        return _kill_sessions(self.pid)
+
+
+def _sessions(server_pid: int) -> list[psutil.Process]:
+    """Processes come and go while we look at them."""
+    found = []
+    for process in psutil.Process(server_pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if process.name().startswith("sshd"):
+                found.append(process)
+    return found
+
+
+def _kill_sessions(server_pid: int) -> int:
+    victims = _sessions(server_pid)
+    for process in victims:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    return len(victims)
 
 
 def missing() -> str:
@@ -102,9 +113,7 @@ def serve(folder: Path, name: str = "box") -> Iterator[Server]:
             )
             yield Server(folder, host, process.pid)
         finally:
-            for session in psutil.Process(process.pid).children(recursive=True):
-                if session.name().startswith("sshd"):
-                    session.kill()
+            _kill_sessions(process.pid)
             process.terminate()
             process.wait(10)
 
