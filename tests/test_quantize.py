@@ -190,15 +190,20 @@ def folding(layer: Layer, stats: Mapping[str, Stats], formats: Mapping[str, Form
 def test_folded_scales_leave_the_model_as_it_was(
     family: str, models: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Norms, biases and matrices that a method changes together reach the file together."""
+    """Norms, biases and matrices that a method changes together reach the file together. Scaled columns and 8-bit
+    activations cost KL 3e-3 and 4e-3 here; matrices scaled without their norms cost a hundred times that."""
     monkeypatch.setitem(METHODS, "folding", MethodEntry(folding, "nothing"))
     folder = models(family)
     expected = llama_logits(folder / "base.gguf", TOKENS, tmp_path)
     path = quantized(folder, "folding", uniform(folder / "base.gguf", "Q8_0"), tmp_path)
-    assert agreement(expected, llama_logits(path, TOKENS, tmp_path))[1] < 2e-3
+    assert agreement(expected, llama_logits(path, TOKENS, tmp_path))[1] < 1e-2
     changed = {t.name: t.data for t in gguf.GGUFReader(path).tensors}["blk.0.attn_norm.weight"]
     original = {t.name: t.data for t in gguf.GGUFReader(folder / "base.gguf").tensors}["blk.0.attn_norm.weight"]
     assert np.abs(changed / original - 1).max() > 0.5
+    half = MethodEntry(lambda *args: replace(folding(*args), vectors={}), "nothing")
+    monkeypatch.setitem(METHODS, "half", half)
+    path = quantized(folder, "half", uniform(folder / "base.gguf", "Q8_0"), tmp_path)
+    assert agreement(expected, llama_logits(path, TOKENS, tmp_path))[1] > 0.1
 
 
 class Killed(KeyboardInterrupt):
