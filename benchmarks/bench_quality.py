@@ -41,9 +41,10 @@ from device.schema import (
 )
 from pipeline import sources
 from pipeline.build import build
-from pipeline.deploy import describe_dataset, run_job
+from pipeline.deploy import run_job
 from pipeline.export.llama_quantize import VARIANTS
 from pipeline.gguf_file import is_gguf, read_gguf
+from pipeline.jobs import describe_dataset
 from pipeline.progress import Progressor
 from pipeline.recipes import Recipe, read_recipe
 from pipeline.recordings import Recording, record, sample_ticker

@@ -36,7 +36,8 @@ from device.schema import (
     encode,
     write_atomic,
 )
-from pipeline.deploy import describe_dataset, run_job
+from pipeline.deploy import run_job
+from pipeline.jobs import describe_dataset
 from pipeline.store import Places, find_artifact, load_artifact, places
 
 MODEL, VARIANTS = "smollm2-135m", ("F16", "Q8_0", "Q4_K_M")

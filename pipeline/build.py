@@ -17,8 +17,9 @@ from device.schema import (
     describe_file,
 )
 from pipeline import sources
-from pipeline.deploy import describe_dataset, run_job
+from pipeline.deploy import run_job
 from pipeline.exporters import EXPORTERS, Context, Exporter, Made, Prepared
+from pipeline.jobs import describe_dataset
 from pipeline.progress import Progressor
 from pipeline.recipes import Recipe, artifact_name, as_dict
 from pipeline.store import (

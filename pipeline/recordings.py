@@ -24,7 +24,8 @@ from device.schema import (
     read_record,
     write_atomic,
 )
-from pipeline.deploy import OnEvent, bench_settings, describe_dataset, run_job
+from pipeline.deploy import OnEvent, run_job
+from pipeline.jobs import bench_settings, describe_dataset
 from pipeline.progress import Progressor, Tick
 from pipeline.store import Places, digest, load_artifact, tool_versions
 

@@ -30,9 +30,9 @@ from pipeline.locks import locked
 
 # Modules that show, move or check things; a change in them does not change an artifact. All others do.
 _NOT_BUILDING = {
-    *("a64.py", "board.py", "cli.py", "compare.py", "crossbuild.py", "deploy.py", "elf.py", "first_contact.py"),
-    *("fit.py", "follow.py", "hosts.py", "isa.py", "locks.py", "progress.py", "recordings.py", "remote.py", "table.py"),
-    *("transport.py", "wheelhouse.py"),
+    *("a64.py", "board.py", "cli.py", "compare.py", "crossbuild.py", "deploy.py", "elf.py", "energy.py"),
+    *("first_contact.py", "fit.py", "follow.py", "hosts.py", "isa.py", "locks.py", "options.py", "progress.py"),
+    *("recordings.py", "remote.py", "table.py", "transport.py", "wheelhouse.py"),
 }
 _TOOLS = ("llama-cpp-python", "gguf", "torch", "transformers", "onnx", "onnxruntime", "optimum-onnx", "numpy")
 

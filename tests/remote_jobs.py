@@ -6,6 +6,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from fakes import TEXT, LlamaShape, artifact, write_llama
 
@@ -24,7 +25,7 @@ def make_artifact(places: Places, variant: str = "F32", seed: int = 0, shape: Ll
     write_llama(folder / "model.gguf", shape, seed)
     made = artifact(folder, "gguf", id=folder.name, name=folder.name, model="tiny", variant=variant)
     size = (folder / "model.gguf").stat().st_size
-    write_manifest(folder, deploy.msgspec.structs.replace(made, size_bytes=size, reference=variant == "F32"))
+    write_manifest(folder, msgspec.structs.replace(made, size_bytes=size, reference=variant == "F32"))
     return folder
 
 

@@ -13,7 +13,7 @@ import pytest
 from fakes import TEXT, artifact, write_llama
 
 from device.schema import Artifact, Perplexity, Report, SlimpiError, TaskResult, sha256_file
-from pipeline import compare, deploy, fit, recordings
+from pipeline import compare, deploy, fit, jobs, recordings
 from pipeline.hosts import LOCAL
 from pipeline.progress import Progressor
 from pipeline.recordings import Recording, record, tasks_of
@@ -43,7 +43,7 @@ def model(places: Places, variant: str, seed: int) -> tuple[Path, Artifact]:
 
 
 def record_here(folder: Path, places: Places, n_chunks: int = 3) -> Recording:
-    text = deploy.describe_dataset(f"path:{places.root / 'text.txt'}", places)
+    text = jobs.describe_dataset(f"path:{places.root / 'text.txt'}", places)
     return record(folder, text, 32, n_chunks, places, threads=1)
 
 
@@ -135,6 +135,6 @@ def test_a_model_without_its_reference_is_refused(places: Places) -> None:
 def test_its_memory_is_predicted_as_perplexitys(places: Places) -> None:
     folder, made = model(places, "F32", 0)
     task = record_here(folder, places).task()
-    text = deploy.describe_dataset(f"path:{places.root / 'text.txt'}", places)
+    text = jobs.describe_dataset(f"path:{places.root / 'text.txt'}", places)
     ours, plain = fit.footprints(made, folder, [task, Perplexity(dataset=text, n_ctx=32)])
     assert ours.total_bytes == plain.total_bytes
