@@ -139,7 +139,7 @@ def rounder(codes: Codes, device: torch.device) -> Callable[[torch.Tensor], torc
         return lambda x: x.round_().clamp_(low, high)
     grid = torch.tensor(codes.grid, dtype=torch.float32, device=device)
     middles = torch.tensor([(a + b) / 2 for a, b in pairwise(codes.grid)], device=device)
-    return lambda x: torch.index_select(grid, 0, torch.bucketize(x, middles, out_int32=True), out=x)
+    return lambda x: torch.index_select(grid, 0, torch.bucketize(x.contiguous(), middles, out_int32=True), out=x)
 
 
 def improve(part: Coded, error: torch.Tensor, gradient: torch.Tensor, h: torch.Tensor, rounds: int) -> None:
