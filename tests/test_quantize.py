@@ -164,7 +164,7 @@ def test_llama_cpp_computes_with_these_weights(
 ) -> None:
     """What llama.cpp reads in the file are our weights: dequantized by it they give the same logits as dequantized by
     us. Run as it is the file differs by llama.cpp's rounding of activations to 8 bits, which these random models
-    amplify: KL 3e-4 to 1.1e-3, whatever the method (llama-quantize's own files alike)."""
+    amplify: KL 3e-4 to 1.1e-3, whatever the method."""
     folder = models(family)
     wanted = uniform(folder / "base.gguf", kind)
     path, values = quantized_and_chosen(folder, method, wanted, tmp_path)
