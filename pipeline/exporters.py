@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from device.schema import Fallback, Kind, ModelTask, SlimpiError, Step, sha256_file
 from pipeline import calibrate, checkpoint, hessians, predicted_costs, quantize, sensitivity, sources
@@ -47,7 +45,6 @@ class Prepared:
     tokenizer_sha256: str
     lineage: list[Step]
     notes: list[str]
-    importance: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -93,12 +90,8 @@ def _prepare_gguf(context: Context) -> Prepared:
         context.places.stages, f"{recipe.name}-base", ["gguf-base", context.source.sha256], convert, progress.say
     )
     lineage = [Step(action="convert", source=context.source.spec, settings={"dtype": "auto (lossless)"})]
-    importance = None
-    if any(v in _WITH_IMPORTANCE for v in recipe.variants):
-        importance, step = _importance(context, base / "base.gguf")
-        lineage.append(step)
     notes = [f"the reference: {note}" for note in model.notes]
-    return Prepared(base / "base.gguf", model.vocab.sha256(), lineage, notes, importance)
+    return Prepared(base / "base.gguf", model.vocab.sha256(), lineage, notes)
 
 
 # K-quants and IQ types use the importance matrix in their scale search; the legacy Q4_0..Q8_0 take it too.
@@ -130,7 +123,10 @@ def _make_gguf(context: Context, prepared: Prepared, variant: str, folder: Path)
     spec = parse_variant(variant)
     if spec.method:
         return _quantize_by_method(context, prepared, spec, out)
-    importance = prepared.importance if variant in _WITH_IMPORTANCE else None
+    importance, lineage = None, list[Step]()
+    if variant in _WITH_IMPORTANCE:
+        importance, step = _importance(context, prepared.base)
+        lineage.append(step)
     with context.progress.step(f"quantize {variant}") as tick:
         # Quantizing shares no barrier between its threads, so all cores help even on a busy machine.
         result = llama_quantize.quantize_gguf(prepared.base, out, variant, importance, os.cpu_count() or 1, tick)
@@ -138,7 +134,7 @@ def _make_gguf(context: Context, prepared: Prepared, variant: str, folder: Path)
     uncovered = f"importance matrix does not cover: {', '.join(result.without_importance)}"
     return Made(
         **_measured(out, result.types),
-        lineage=[Step(action="llama_model_quantize", source="base.gguf", settings=settings)],
+        lineage=[*lineage, Step(action="llama_model_quantize", source="base.gguf", settings=settings)],
         fallbacks=result.fallbacks,
         notes=[uncovered] if result.without_importance else [],
     )
@@ -171,6 +167,10 @@ def _quantize_by_method(context: Context, prepared: Prepared, spec: VariantSpec,
         say=context.progress.say,
     )
     plan, planning = _plan(context, prepared, spec, model, stats, shop)
+    if spec.mib:
+        felt, step = _sensitivity(context, model)
+        stats |= sensitivity.outer_stats(felt)
+        shop = replace(shop, outer_key=step.settings)
     with context.progress.step(f"quantize {spec.name}") as tick:
         parts = quantize.quantize_model(model, spec.method, plan, stats, shop, tick)
     _show(context, parts.notes)
@@ -227,8 +227,8 @@ def _plan(
     """The spec's plan, resolved to exact tensors, and the steps that led to it."""
     if spec.mix:
         # Some mixes have other types with an importance matrix; llama-quantize's own variants have one.
-        importance, _ = _importance(context, prepared.base)
-        return plans.mix(prepared.base, spec.mix, importance), []
+        importance, step = _importance(context, prepared.base)
+        return plans.mix(prepared.base, spec.mix, importance), [step]
     base = plans.read_base(prepared.base)
     kind = FORMATS[spec.uniform or _EMBEDDINGS_BESIDE_A_BUDGET]
     output = "Q6_K" if kind.bits_per_weight < FORMATS["Q6_K"].bits_per_weight else kind.name
@@ -236,8 +236,11 @@ def _plan(
     if spec.uniform:
         return fixed, []
     felt, step = _sensitivity(context, model)
+    types = context.recipe.plan.types or predicted_costs.CANDIDATES
     with context.progress.step("predict each matrix's divergence in each type") as tick:
-        costs = predicted_costs.predicted_divergence(model, base, stats, felt, shop, tick)
+        costs = predicted_costs.predicted_divergence(model, base, stats, felt, types, shop, tick)
+    if spec.mib:  # of a budget in bits per linear weight the others are no part
+        costs |= predicted_costs.outer_costs(model, base, felt, types, replace(shop, outer_key=step.settings))
     budget = Budget(linear_bits=spec.bits) if spec.bits else Budget(file_bytes=int(spec.mib * 2**20))
     return best_plan(base, fixed, costs, budget)[0], [step]
 
@@ -245,8 +248,8 @@ def _plan(
 _EMBEDDINGS_BESIDE_A_BUDGET = "Q4_K"
 
 
-def _sensitivity(context: Context, model: checkpoint.Checkpoint) -> tuple[dict[str, torch.Tensor], Step]:
-    """How much the output feels each row of the block matrices, on the start of the calibration text."""
+def _sensitivity(context: Context, model: checkpoint.Checkpoint) -> tuple[sensitivity.Sensitivity, Step]:
+    """How much the output feels each row of the matrices, on the start of the calibration text."""
     settings = context.recipe.calibration
     text = sources.dataset(settings.text, context.places.sources)
     n_ctx = min(settings.n_ctx, _FELT_CTX)

@@ -66,17 +66,23 @@ Method = Callable[[Layer, Mapping[str, Stats], Mapping[str, Format]], QuantizedL
 """(layer, stats by matrix, format by matrix) -> quantized layer. Pure: the same input gives the same codes."""
 
 
+Single = Callable[[torch.Tensor, Stats | None, Format], tuple[QTensor, list[str]]]
+"""(matrix, its statistics, format) -> (codes, notes)"""
+
+
 @dataclass(frozen=True)
 class MethodEntry:
-    """An entry of METHODS: the function, and what of Stats it reads ("nothing", "means" or "hessian")."""
+    """An entry of METHODS: the function, and what of Stats it reads ("nothing", "means" or "hessian").
+
+    outside: how it codes a matrix outside the blocks for which there are statistics; None: by `search`.
+    """
 
     run: Method
     needs: str
+    outside: Single | None = None
 
 
-def each(
-    quantize: Callable[[torch.Tensor, Stats | None, Format], tuple[QTensor, list[str]]],
-) -> Method:
+def each(quantize: Single) -> Method:
     """A method that looks at one matrix at a time."""
 
     def run(layer: Layer, stats: Mapping[str, Stats], formats: Mapping[str, Format]) -> QuantizedLayer:

@@ -2,7 +2,8 @@
 
 The cost of a matrix in a format is the rise in KL divergence that `pipeline.sensitivity` predicts from the error that
 searched scales leave, 1/2 sum over rows of E[g_r^2] E[(W - W^)_r x]^2; a method that does better does so everywhere.
-Rows are sampled: they are many, alike, and quantized each by itself.
+Rows are sampled: they are many, alike, and quantized each by itself. Those of the embeddings and the output matrix,
+whose weights differ by orders of magnitude, are drawn by their weight.
 """
 
 from __future__ import annotations
@@ -17,17 +18,20 @@ import torch
 
 from pipeline import plan as plans
 from pipeline import plan_costs
-from pipeline.checkpoint import Checkpoint
+from pipeline.checkpoint import Checkpoint, Tensor
 from pipeline.export.gguf import gguf_tensors
+from pipeline.formats import FORMATS
 from pipeline.layers import Layer, Stats
-from pipeline.methods import METHODS
+from pipeline.methods import METHODS, search
 from pipeline.plan import Base
 from pipeline.progress import Tick
 from pipeline.quantize import Workshop, read_layer
+from pipeline.sensitivity import Sensitivity, Term, outer_stats
 from pipeline.store import stage
 
 CANDIDATES = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
-SAMPLED_ROWS = 128
+SAMPLED_ROWS = 48
+DRAWN_ROWS = 2048
 _METHOD = "search"
 _COSTS = "costs.json"
 
@@ -36,27 +40,65 @@ def predicted_divergence(
     checkpoint: Checkpoint,
     base: Base,
     stats: Mapping[str, Stats],
-    sensitivity: Mapping[str, torch.Tensor],
+    felt: Sensitivity,
+    candidates: Sequence[str],
     shop: Workshop,
     tick: Tick,
 ) -> plan_costs.Costs:
     """{block matrix: {candidate format: nats}}, block by block, each block a stage of its own."""
     tensors = gguf_tensors(checkpoint)
-    choices = plans.choices(base, base.linear, CANDIDATES)
+    choices = plans.choices(base, base.linear, candidates)
     n_blocks = checkpoint.config["num_hidden_layers"]
     costs: plan_costs.Costs = {}
     for index in range(n_blocks):
 
         def make(folder: Path, index: int = index) -> None:
             layer = read_layer(tensors, index, (), shop.device)
-            found = _layer_costs(layer, stats, sensitivity, choices)
+            found = _layer_costs(layer, stats, felt.rows, choices)
             (folder / _COSTS).write_bytes(msgspec.json.encode(found))
 
-        key = [shop.weights_key, shop.stats_key, CANDIDATES, SAMPLED_ROWS, _METHOD, shop.device.type]
+        key = [shop.weights_key, shop.stats_key, candidates, SAMPLED_ROWS, _METHOD, shop.device.type]
         folder = stage(shop.root, f"{shop.name}-costs-blk.{index}", key, make, shop.say)
         costs |= msgspec.json.decode((folder / _COSTS).read_bytes(), type=dict[str, dict[str, float]])
         tick(index + 1, n_blocks, f"blk.{index}")
     return costs
+
+
+def outer_costs(
+    checkpoint: Checkpoint, base: Base, felt: Sensitivity, candidates: Sequence[str], shop: Workshop
+) -> plan_costs.Costs:
+    """{embeddings or output matrix: {candidate format: nats}}."""
+    tensors = gguf_tensors(checkpoint)
+    choices = plans.choices(base, felt.outer, candidates)
+    known = outer_stats(felt)
+    costs: plan_costs.Costs = {}
+    for name, terms in felt.outer.items():
+
+        def make(folder: Path, name: str = name, terms: list[Term] = terms) -> None:
+            found = _drawn_costs(tensors[name], terms, known[name], choices[name], shop.device)
+            (folder / _COSTS).write_bytes(msgspec.json.encode(found))
+
+        key = [shop.weights_key, shop.outer_key, candidates, DRAWN_ROWS, shop.device.type]
+        folder = stage(shop.root, f"{shop.name}-costs-{name.removesuffix('.weight')}", key, make, shop.say)
+        costs[name] = msgspec.json.decode((folder / _COSTS).read_bytes(), type=dict[str, float])
+    return costs
+
+
+def _drawn_costs(
+    tensor: Tensor, terms: Sequence[Term], stats: Stats, kinds: Sequence[str], device: torch.device
+) -> dict[str, float]:
+    """The terms' sum over all rows, from DRAWN_ROWS of them drawn with probability as their weight."""
+    share = torch.stack([term.weights * term.hessian.trace() for term in terms]).sum(0).double()
+    share = share.clamp(min=1e-12 * float(share.sum()))  # what never came may still be drawn
+    share /= share.sum()
+    drawn = torch.multinomial(share, min(DRAWN_ROWS, len(share)), True, generator=torch.Generator().manual_seed(0))
+    w = tensor.read()[drawn].float().to(device)
+    found = {}
+    for kind in kinds:
+        error = (w - search.quantize(w, stats, FORMATS[kind])[0].dequantize()).double()
+        losses = [((error @ t.hessian.double().to(device)) * error).sum(1).cpu() * t.weights[drawn] for t in terms]
+        found[kind] = 0.5 * float((torch.stack(losses).sum(0) / share[drawn]).mean())
+    return found
 
 
 def _layer_costs(

@@ -35,7 +35,10 @@ _NOTES = "slimpi.notes"
 
 @dataclass(frozen=True)
 class Workshop:
-    """Where parts are made: the stages' folder, a name for them, what identifies the weights and the statistics."""
+    """Where parts are made: the stages' folder, a name for them, what identifies the weights and the statistics.
+
+    outer_key: what identifies the statistics of matrices outside the blocks.
+    """
 
     root: Path
     name: str
@@ -43,6 +46,7 @@ class Workshop:
     stats_key: Any
     device: torch.device
     say: Callable[[str], None] = print
+    outer_key: Any = None
 
 
 @dataclass(frozen=True)
@@ -77,8 +81,8 @@ def quantize_model(
 ) -> Parts:
     """Make every part that the plan gives codes; those already made of the same input by the same code are kept.
 
-    Blocks are made by METHODS[method], one at a time; `stats` are by tensor name, {} for methods that need none. The
-    matrices outside the blocks have no statistics: their scales are searched with equal weights, whatever the method.
+    Blocks are made by METHODS[method], one at a time; `stats` are by tensor name, {} for methods that need none. A
+    matrix outside the blocks without statistics has its scales searched with equal weights, whatever the method.
     SlimpiError for formats that do not fit the tensors, and for statistics that the method needs and lacks.
     """
     tensors = gguf_tensors(checkpoint)
@@ -90,7 +94,7 @@ def quantize_model(
     parts = Parts()
     for name, kind in wanted.items():
         if not name.startswith("blk."):
-            parts.others.append(_quantize_matrix(tensors[name], kind, shop, count))
+            parts.others.append(_quantize_matrix(tensors[name], kind, method, stats.get(name), shop, count))
     for index in range(checkpoint.config["num_hidden_layers"]):
         formats = {_short(name): kind for name, kind in wanted.items() if name.startswith(f"blk.{index}.")}
         if formats:
@@ -167,19 +171,25 @@ def _quantize_block(
     return stage(shop.root, f"{shop.name}-{method}-blk.{index}", key, make, shop.say)
 
 
-def _quantize_matrix(tensor: Tensor, kind: Format, shop: Workshop, count: _Count) -> Path:
-    """The folder of a matrix outside the blocks: scales by search, rows in chunks, no statistics."""
+def _quantize_matrix(
+    tensor: Tensor, kind: Format, method: str, stats: Stats | None, shop: Workshop, count: _Count
+) -> Path:
+    """The folder of a matrix outside the blocks, quantized in chunks of rows."""
     before = count.done
+    outside = METHODS[method].outside if stats else None
+    known = _moved(stats, shop.device) if stats else None
 
     def make(folder: Path) -> None:
         packed = []
         for rows in tensor.chunks():
-            packed.append(pack(search.quantize(rows.float().to(shop.device), None, kind)[0]))
+            packed.append(pack((outside or search.quantize)(rows.float().to(shop.device), known, kind)[0]))
             count.add(rows.numel(), tensor.name)
         _write_part(folder / _PART, {tensor.name: (kind, np.concatenate(packed))}, {}, [])
 
-    key = [shop.weights_key, tensor.name, kind.name, shop.device.type]
-    folder = stage(shop.root, f"{shop.name}-{tensor.name.removesuffix('.weight')}-{kind.name}", key, make, shop.say)
+    by = (method if outside else "search") if stats else "alike"
+    key = [shop.weights_key, tensor.name, kind.name, shop.device.type, by, shop.outer_key if stats else None]
+    name = f"{shop.name}-{by}-{tensor.name.removesuffix('.weight')}-{kind.name}"
+    folder = stage(shop.root, name, key, make, shop.say)
     if count.done == before:
         count.add(math.prod(tensor.shape), tensor.name)
     return folder

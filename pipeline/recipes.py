@@ -26,6 +26,12 @@ class Calibration(_Config, frozen=True, kw_only=True):
     n_chunks: Count = 0
 
 
+class PlanTable(_Config, frozen=True, kw_only=True):
+    """types: the ggml types that a variant with a budget (GPTQ-700MiB) chooses from; none = a list of slimpi's own."""
+
+    types: list[str] = []
+
+
 class Head(_Config, frozen=True, kw_only=True):
     """Train a classification head on labelled rows before export."""
 
@@ -70,6 +76,7 @@ class Recipe(_Config, frozen=True, kw_only=True):
     labels: list[str] = []
     max_tokens: Count = 128
     calibration: Calibration = Calibration()
+    plan: PlanTable = PlanTable()
     head: Head | None = None
     golden: Golden = Golden()
     bench: Bench = Bench()

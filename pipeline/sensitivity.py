@@ -5,10 +5,16 @@ by 1/2 E[<D, G>^2], G = sum over tokens of g x^T the gradient of log p(tokens) f
 information (Amari 1998, eq. 3.1; HAWQ and SqueezeLLM plan by it). What quantizing knows is each row's E[(D_r x)^2];
 `collect` gives the factor between them, E|G_r|^2 / E[sum over tokens of |x|^2]. For tokens whose errors do not add up
 it is E[g_r^2]; those of keys and values do, since attention averages over tokens.
+
+For the embeddings and the output matrix, whose rows are tokens, the same expectation is a sum of terms
+1/2 sum over rows of weight_r D_r H D_r^T. Of the output: the softmax's own curvature, weight p (1 - p) and H of the
+last hidden state. Of the embeddings: how often the token comes, and the gradient's second moment after the look-up. A
+tied matrix has both.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +24,36 @@ import torch
 from device.schema import SlimpiError
 from pipeline.architectures import gguf_names, row_order
 from pipeline.checkpoint import Checkpoint
+from pipeline.layers import Stats
+from pipeline.plan import EMBEDDINGS, OUTPUT
 from pipeline.progress import Tick, quiet
+
+
+@dataclass(frozen=True)
+class Term:
+    """1/2 sum over rows of weights_r D_r H D_r^T nats a token: weights float32 (rows,), hessian (columns, columns)."""
+
+    weights: torch.Tensor
+    hessian: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """rows: {block matrix: factors (rows,)}. outer: {embeddings or output matrix: its terms}. By GGUF name."""
+
+    rows: dict[str, torch.Tensor]
+    outer: dict[str, list[Term]]
+
+
+def outer_stats(felt: Sensitivity) -> dict[str, Stats]:
+    """What methods take as statistics of the input, for matrices outside the blocks: one H for all rows, each counted
+    by its weight. Where H is a gradient's moment it is no input's, but the loss is the same quadratic form."""
+    found = {}
+    for name, terms in felt.outer.items():
+        hessian = sum((term.hessian * term.weights.sum() for term in terms), torch.zeros(()))
+        diagonal = hessian.diagonal().contiguous()
+        found[name] = Stats(diagonal, diagonal.sqrt(), 0, lambda hessian=hessian: hessian)  # type: ignore[misc]
+    return found
 
 
 def cut(checkpoint: Checkpoint, text: Path, n_ctx: int, n_chunks: int) -> torch.Tensor:
@@ -36,21 +71,22 @@ def cut(checkpoint: Checkpoint, text: Path, n_ctx: int, n_chunks: int) -> torch.
 
 def collect(
     checkpoint: Checkpoint, chunks: torch.Tensor, device: torch.device, seed: int = 0, tick: Tick = quiet
-) -> dict[str, torch.Tensor]:
-    """The factors over `chunks` (n, n_ctx) of tokens: float32 (rows,) by GGUF name, for every block matrix.
+) -> Sensitivity:
+    """The factors over `chunks` (n, n_ctx) of tokens, for every matrix.
 
     1/2 sum over rows of factor * E[(D_r x)^2] is the divergence of a token, in nats. The whole model is in memory in
     float32, and one chunk's activations. The same seed gives the same tokens.
     """
     model = _in_transformers(checkpoint).to(device)
     taps = {name: _Tap(module) for name, module in _linears(checkpoint, model).items()}
-    embed = model.get_input_embeddings()
+    embed, ends = model.get_input_embeddings(), _Ends(model)
     generator = torch.Generator(device).manual_seed(seed)
     for done, chunk in enumerate(chunks, 1):
         embedded = embed(chunk[None].to(device)).detach().requires_grad_()
         log_p = torch.log_softmax(model(inputs_embeds=embedded, use_cache=False).logits[0].float(), -1)
         drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
         log_p.gather(1, drawn).sum().backward()
+        ends.add(chunk.to(device), embedded, log_p.detach())
         tick(done, len(chunks), "chunks")
     found = {}
     for name, tap in taps.items():
@@ -58,7 +94,42 @@ def collect(
         rows = tap.rows.cpu() if order is None else tap.rows.cpu()[torch.from_numpy(np.ascontiguousarray(order))]
         found[name] = (rows / tap.inputs).float()
     names = gguf_names(checkpoint.architecture, list(found), checkpoint.config["num_hidden_layers"])
-    return {names[name]: rows for name, rows in found.items()}
+    return Sensitivity({names[name]: rows for name, rows in found.items()}, ends.terms())
+
+
+class _Ends:
+    """Sums over tokens for the embeddings and the output matrix. Soft-capped logits count as if not capped."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.embed, self.head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
+        n_rows, n_columns = self.embed.weight.shape
+        device = self.embed.weight.device
+        self.n_tokens = 0
+        self.counts, self.curvature = torch.zeros(n_rows, device=device), torch.zeros(n_rows, device=device)
+        self.gradients, self.hidden = (torch.zeros(n_columns, n_columns, device=device) for _ in range(2))
+        self.head.register_forward_pre_hook(self._keep)
+
+    def _keep(self, module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        self.last = args[0].detach()[0].float()
+
+    def add(self, tokens: torch.Tensor, embedded: torch.Tensor, log_p: torch.Tensor) -> None:
+        p = log_p.exp()
+        self.curvature += (p * (1 - p)).sum(0)
+        self.hidden += self.last.T @ (self.last * (1 - p.square().sum(1))[:, None])
+        # Some architectures' look-up scales the row, so that the row feels that much more.
+        scale = embedded.detach().norm() / self.embed.weight[tokens].norm()
+        assert embedded.grad is not None
+        gradient = embedded.grad[0] * scale
+        self.gradients += gradient.T @ gradient
+        self.counts += torch.bincount(tokens, minlength=len(self.counts))
+        self.n_tokens += len(tokens)
+
+    def terms(self) -> dict[str, list[Term]]:
+        output = Term(self.curvature.cpu() / self.n_tokens, (self.hidden / self.curvature.sum()).cpu())
+        looked_up = Term(self.counts.cpu() / self.n_tokens, (self.gradients / self.n_tokens).cpu())
+        if self.head.weight is self.embed.weight:
+            return {EMBEDDINGS: [output, looked_up]}
+        return {OUTPUT: [output], EMBEDDINGS: [looked_up]}
 
 
 class _Tap:
@@ -101,10 +172,26 @@ def _in_transformers(checkpoint: Checkpoint) -> Any:
     return model
 
 
-def save(path: Path, found: dict[str, torch.Tensor]) -> None:
-    np.savez(path, allow_pickle=False, **{name: rows.numpy() for name, rows in found.items()})
+def save(path: Path, found: Sensitivity) -> None:
+    outer = {
+        f"{name}{_TERM}{index}{_TERM}{part}": getattr(term, part).numpy()
+        for name, terms in found.outer.items()
+        for index, term in enumerate(terms)
+        for part in ("weights", "hessian")
+    }
+    rows = {name: rows.numpy() for name, rows in found.rows.items()}
+    np.savez(path, allow_pickle=False, **rows, **outer)
 
 
-def load(path: Path) -> dict[str, torch.Tensor]:
+def load(path: Path) -> Sensitivity:
     with np.load(path, allow_pickle=False) as data:
-        return {name: torch.from_numpy(data[name]) for name in data.files}
+        arrays = {name: torch.from_numpy(data[name]) for name in data.files}
+    outer: dict[str, list[Term]] = {}
+    for key in arrays:
+        name, *rest = key.split(_TERM)
+        if rest and rest[1] == "weights":
+            outer.setdefault(name, []).append(Term(arrays[key], arrays[f"{name}{_TERM}{rest[0]}{_TERM}hessian"]))
+    return Sensitivity({name: rows for name, rows in arrays.items() if _TERM not in name}, outer)
+
+
+_TERM = "|"

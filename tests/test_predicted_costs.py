@@ -19,6 +19,7 @@ from pipeline.checkpoint import Checkpoint, load
 from pipeline.export.gguf import export_gguf
 from pipeline.plan import Base, Plan
 from pipeline.plan_budgets import Budget, best_plan
+from pipeline.predicted_costs import CANDIDATES
 from pipeline.progress import Progressor, quiet
 from pipeline.quantize import Workshop
 from pipeline.recipes import Calibration, Golden, Recipe
@@ -57,10 +58,36 @@ def test_predicted_divergence_is_the_measured_one(
     for part in ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"):
         for index in (0, 2):
             hf = f"model.layers.{index}.{part}"
-            ratios.append(measured_over_predicted(checkpoint, model, modules[hf], hf, felt[names[f"{hf}.weight"]]))
-    assert felt.keys() == {n for n in names.values() if n.startswith("blk.") and "weight" in n and "norm" not in n}
+            ratios.append(measured_over_predicted(checkpoint, model, modules[hf], hf, felt.rows[names[f"{hf}.weight"]]))
+    assert felt.rows.keys() == {n for n in names.values() if n.startswith("blk.") and "weight" in n and "norm" not in n}
     assert 0.85 < np.exp(np.mean(np.log(ratios))) < 1.15
     assert 0.6 < min(ratios) < max(ratios) < 1.6
+
+
+@pytest.mark.parametrize("name", ["llama-biased", "qwen2", "gemma3"])
+def test_predicted_divergence_of_embeddings_and_output_is_the_measured_one(
+    name: str, models: Callable[[str], tuple[Path, torch.nn.Module]]
+) -> None:
+    folder, model = models(name)
+    checkpoint = load(folder / "hf")
+    felt = sensitivity.collect(checkpoint, CHUNKS, CPU)
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert {n: len(terms) for n, terms in felt.outer.items()} == (
+        {plan.EMBEDDINGS: 2} if tied else {plan.EMBEDDINGS: 1, plan.OUTPUT: 1}
+    )
+    before = np.concatenate([hf_logits(model, chunk.numpy()) for chunk in CHUNKS])
+    for tensor, terms in felt.outer.items():
+        module = model.get_input_embeddings() if tensor == plan.EMBEDDINGS else model.get_output_embeddings()
+        noise = (
+            0.01 * module.weight.std() * torch.randn(module.weight.shape, generator=torch.Generator().manual_seed(1))
+        )
+        with torch.no_grad():
+            module.weight += noise
+        after = np.concatenate([hf_logits(model, chunk.numpy()) for chunk in CHUNKS])
+        with torch.no_grad():
+            module.weight -= noise
+        predicted = sum(float(t.weights @ ((noise @ t.hessian) * noise).sum(1)) for t in terms) / 2
+        assert 0.6 < agreement(before, after)[1] / predicted < 1.6, tensor
 
 
 def measured_over_predicted(
@@ -93,12 +120,17 @@ def test_the_same_seed_gives_the_same_sensitivities(
 ) -> None:
     checkpoint = load(models("qwen2")[0] / "base.gguf")
     first, again, other = (sensitivity.collect(checkpoint, CHUNKS[:2], CPU, seed) for seed in (0, 0, 1))
-    assert all(torch.equal(first[name], again[name]) for name in first)
-    assert not all(torch.equal(first[name], other[name]) for name in first)
+    assert all(torch.equal(rows, again.rows[name]) for name, rows in first.rows.items())
+    assert not all(torch.equal(rows, other.rows[name]) for name, rows in first.rows.items())
     sensitivity.save(tmp_path / "s.npz", first)
     loaded = sensitivity.load(tmp_path / "s.npz")
-    assert loaded.keys() == first.keys()
-    assert all(torch.equal(first[name], loaded[name]) for name in first)
+    assert loaded.rows.keys() == first.rows.keys()
+    assert all(torch.equal(rows, loaded.rows[name]) for name, rows in first.rows.items())
+    assert {n: len(terms) for n, terms in loaded.outer.items()} == {n: len(terms) for n, terms in first.outer.items()}
+    for name, terms in first.outer.items():
+        for mine, theirs in zip(terms, loaded.outer[name], strict=True):
+            assert torch.equal(mine.weights, theirs.weights)
+            assert torch.equal(mine.hessian, theirs.hessian)
 
 
 def test_chunks_are_those_of_llama_cpp(models: Callable[[str], tuple[Path, torch.nn.Module]]) -> None:
@@ -124,9 +156,14 @@ def costed(models: Callable[[str], tuple[Path, torch.nn.Module]]) -> tuple[Base,
     base = plan.read_base(folder / "base.gguf")
     felt = sensitivity.collect(checkpoint, CHUNKS[:4], CPU)
     stats = hessians.load_stats(folder / "stats")
-    costs = predicted_costs.predicted_divergence(checkpoint, base, stats, felt, shop, quiet)
-    again = predicted_costs.predicted_divergence(checkpoint, base, {}, {}, shop, quiet)
+    costs = predicted_costs.predicted_divergence(checkpoint, base, stats, felt, CANDIDATES, shop, quiet)
+    nothing = sensitivity.Sensitivity({}, {})
+    again = predicted_costs.predicted_divergence(checkpoint, base, {}, nothing, CANDIDATES, shop, quiet)
     assert costs == again, "each block is kept"
+    outer = predicted_costs.outer_costs(checkpoint, base, felt, CANDIDATES, shop)
+    assert outer.keys() == set(base.matrices) - set(base.linear)
+    for row in outer.values():
+        assert 0 < row["Q8_0"] < row["Q5_1"] < row["Q4_1"]
     return base, plan.uniform(base, "Q4_0", embeddings="Q4_0", output="Q8_0"), costs
 
 

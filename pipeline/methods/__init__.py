@@ -15,9 +15,9 @@ METHODS: dict[str, MethodEntry] = {
     # Input scales from activations' magnitude, folded; then clipped rounding (Lin et al. 2023).
     "awq": MethodEntry(awq.method(each(awq.clipped), rtn.quantize), "hessian"),
     "awq+search": MethodEntry(awq.method(each(search.quantize), search.quantize), "hessian"),
-    "awq+gptq": MethodEntry(awq.method(gptq.run, search.quantize), "hessian"),
+    "awq+gptq": MethodEntry(awq.method(gptq.run, search.quantize), "hessian", gptq.quantize),
     # Clipping and input scales by gradient descent, from AWQ's (Shao et al. 2023).
     "omniquant": MethodEntry(omniquant.quantize, "hessian"),
     # Errors made good by later columns (Frantar et al. 2022), then coordinate descent over codes and scales.
-    "gptq": MethodEntry(gptq.run, "hessian"),
+    "gptq": MethodEntry(gptq.run, "hessian", gptq.quantize),
 }
