@@ -15,13 +15,13 @@ from pipeline.export import gguf as gguf_export
 from pipeline.export import llama_quantize, onnx
 from pipeline.formats import FORMATS, bits_per_weight
 from pipeline.layers import Stats
-from pipeline.methods import METHODS
+from pipeline.methods import METHODS, llama_codes
 from pipeline.plan_budgets import Budget, best_plan
 from pipeline.progress import Progressor
 from pipeline.recipes import Recipe, artifact_name
 from pipeline.store import Places, digest, stage, tool_versions
 from pipeline.tweets import head
-from pipeline.variants import VariantSpec, parse_variant
+from pipeline.variants import TYPES, VariantSpec, parse_variant
 
 _NOTES_SHOWN = 3
 
@@ -78,6 +78,11 @@ class Exporter:
 
 def _prepare_gguf(context: Context) -> Prepared:
     recipe, progress = context.recipe, context.progress
+    known = (*TYPES, *llama_codes.TYPES)
+    if unknown := [t for t in recipe.plan.types if t not in known]:
+        raise SlimpiError(
+            f"recipe {recipe.name}: [plan] types has {unknown[0]!r}; a budget chooses from {', '.join(known)}."
+        )
     model = checkpoint.load(context.source.path)
 
     def convert(folder: Path) -> None:
@@ -236,13 +241,24 @@ def _plan(
     if spec.uniform:
         return fixed, []
     felt, step = _sensitivity(context, model)
-    types = context.recipe.plan.types or predicted_costs.CANDIDATES
+    types = _types(context, spec)
     with context.progress.step("predict each matrix's divergence in each type") as tick:
         costs = predicted_costs.predicted_divergence(model, base, stats, felt, types, shop, tick)
     if spec.mib:  # of a budget in bits per linear weight the others are no part
         costs |= predicted_costs.outer_costs(model, base, felt, types, replace(shop, outer_key=step.settings))
+    costs = predicted_costs.scaled(costs, predicted_costs.gains(model, base, stats, spec.method, types, shop))
     budget = Budget(linear_bits=spec.bits) if spec.bits else Budget(file_bytes=int(spec.mib * 2**20))
     return best_plan(base, fixed, costs, budget)[0], [step]
+
+
+def _types(context: Context, spec: VariantSpec) -> list[str]:
+    """What a budget chooses from: of the recipe's types those that the method takes."""
+    types = context.recipe.plan.types or predicted_costs.CANDIDATES
+    lattices = METHODS[spec.method].lattices
+    found = [t for t in types if FORMATS[t].codes is not None or lattices]
+    if not found:
+        raise SlimpiError(f"{spec.method} chooses codes for none of {', '.join(types)}. Name other types in [plan].")
+    return found
 
 
 _EMBEDDINGS_BESIDE_A_BUDGET = "Q4_K"

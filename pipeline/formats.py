@@ -11,7 +11,9 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import gguf
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from device.schema import SlimpiError
 
@@ -125,6 +127,10 @@ class QTensor:
     codes: torch.Tensor
     scales: Scales
 
+    @property
+    def shape(self) -> torch.Size:
+        return self.codes.shape
+
     def dequantize(self) -> torch.Tensor:
         """float32 (rows, columns), in ggml's order of operations: (d * scale_code) * value - dmin * min_code."""
         kind = self.format.codes
@@ -134,6 +140,27 @@ class QTensor:
         values = grid[groups.int()].mul_(self.scales.values()[:, :, None])
         offsets = self.scales.offsets()
         return (values if offsets is None else values.add_(offsets[:, :, None])).view(self.codes.shape)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A matrix in a type whose codes are llama.cpp's own: uint8 (rows, bytes of a row), as its file holds it."""
+
+    format: Format
+    data: NDArray[np.uint8]
+    columns: int
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((len(self.data), self.columns))
+
+    def dequantize(self) -> torch.Tensor:
+        """float32 (rows, columns)"""
+        assert self.format.ggml_type is not None
+        return torch.from_numpy(gguf.quants.dequantize(self.data, self.format.ggml_type)).float()
+
+
+Quantized = QTensor | Packed
 
 
 def _span(low: int, high: int) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from pipeline.formats import Format, QTensor
+from pipeline.formats import Format, Quantized
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,10 @@ class Layer:
 
 @dataclass(frozen=True)
 class QuantizedLayer:
-    """What a method made of a layer: a QTensor for every planned matrix, the vectors that a fold changed, and what
+    """What a method made of a layer: codes for every planned matrix, the vectors that a fold changed, and what
     it wants said (fallbacks, raised damping)."""
 
-    tensors: dict[str, QTensor]
+    tensors: Mapping[str, Quantized]
     vectors: dict[str, torch.Tensor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -66,7 +66,7 @@ Method = Callable[[Layer, Mapping[str, Stats], Mapping[str, Format]], QuantizedL
 """(layer, stats by matrix, format by matrix) -> quantized layer. Pure: the same input gives the same codes."""
 
 
-Single = Callable[[torch.Tensor, Stats | None, Format], tuple[QTensor, list[str]]]
+Single = Callable[[torch.Tensor, Stats | None, Format], tuple[Quantized, list[str]]]
 """(matrix, its statistics, format) -> (codes, notes)"""
 
 
@@ -75,11 +75,13 @@ class MethodEntry:
     """An entry of METHODS: the function, and what of Stats it reads ("nothing", "means" or "hessian").
 
     outside: how it codes a matrix outside the blocks for which there are statistics; None: by `search`.
+    lattices: whether it also takes the types of `llama_codes`.
     """
 
     run: Method
     needs: str
     outside: Single | None = None
+    lattices: bool = False
 
 
 def each(quantize: Single) -> Method:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.formats import ABSENT, NOT_CODED, Format, QTensor, Scales
+from pipeline.formats import ABSENT, NOT_CODED, Format, Packed, QTensor, Scales
 
 Bytes = NDArray[Any]
 """uint8."""
@@ -65,8 +65,10 @@ _LAYOUTS: dict[str, tuple[Bits | Half, ...]] = {
 }
 
 
-def pack(q: QTensor) -> Bytes:
+def pack(q: QTensor | Packed) -> Bytes:
     """uint8 (rows, bytes of a row): q as GGUF stores it."""
+    if isinstance(q, Packed):
+        return q.data
     layout = _layout(q.format)
     values = _values(q)
     rows, columns = q.codes.shape

@@ -1,7 +1,8 @@
 """What each matrix would cost the model's output in each format: the table from which a budget's plan is chosen.
 
 The cost of a matrix in a format is the rise in KL divergence that `pipeline.sensitivity` predicts from the error that
-searched scales leave, 1/2 sum over rows of E[g_r^2] E[(W - W^)_r x]^2; a method that does better does so everywhere.
+searched scales leave, 1/2 sum over rows of E[g_r^2] E[(W - W^)_r x]^2. How much less than a search a method leaves is
+a matter of the type more than of the matrix: `gains` measures it on one.
 Rows are sampled: they are many, alike, and quantized each by itself. Those of the embeddings and the output matrix,
 whose weights differ by orders of magnitude, are drawn by their weight.
 """
@@ -22,16 +23,30 @@ from pipeline.checkpoint import Checkpoint, Tensor
 from pipeline.export.gguf import gguf_tensors
 from pipeline.formats import FORMATS
 from pipeline.layers import Layer, Stats
-from pipeline.methods import METHODS, search
+from pipeline.methods import METHODS, llama_codes, search
 from pipeline.plan import Base
 from pipeline.progress import Tick
 from pipeline.quantize import Workshop, read_layer
 from pipeline.sensitivity import Sensitivity, Term, outer_stats
 from pipeline.store import stage
 
-CANDIDATES = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+CANDIDATES = (
+    *llama_codes.TYPES,
+    "Q2_K",
+    "Q3_K",
+    "IQ4_XS",
+    "Q4_K",
+    "Q5_K",
+    "Q6_K",
+    "IQ4_NL",
+    "Q4_1",
+    "Q5_0",
+    "Q5_1",
+    "Q8_0",
+)
 SAMPLED_ROWS = 48
 DRAWN_ROWS = 2048
+GAIN_ROWS = 128
 _METHOD = "search"
 _COSTS = "costs.json"
 
@@ -99,6 +114,39 @@ def _drawn_costs(
         losses = [((error @ t.hessian.double().to(device)) * error).sum(1).cpu() * t.weights[drawn] for t in terms]
         found[kind] = 0.5 * float((torch.stack(losses).sum(0) / share[drawn]).mean())
     return found
+
+
+def gains(
+    checkpoint: Checkpoint,
+    base: Base,
+    stats: Mapping[str, Stats],
+    method: str,
+    candidates: Sequence[str],
+    shop: Workshop,
+) -> dict[str, float]:
+    """{format: the method's output error over the search's}, on some rows of a matrix halfway through the model."""
+    if METHODS[method].run is METHODS[_METHOD].run:
+        return dict.fromkeys(candidates, 1.0)
+    index = checkpoint.config["num_hidden_layers"] // 2
+    layer = read_layer(gguf_tensors(checkpoint), index, (), shop.device)
+    name = min(layer.matrices, key=lambda n: (layer.matrices[n].shape[1], n))
+    w = layer.matrices[name]
+    part = replace(layer, matrices={name: w[:: max(1, len(w) // GAIN_ROWS)]}, vectors={})
+    full = f"blk.{index}.{name}"
+    known = _read_once({name: stats[full]}) if full in stats else {}
+    choices = plans.choices(base, [full], candidates)
+    ours, searched = (
+        plan_costs.layer_errors(
+            part, known, choices, METHODS[m].run, plan_costs.output if known else plan_costs.frobenius
+        )
+        for m in (method, _METHOD)
+    )
+    found = {kind: ours[full][kind] / max(searched[full][kind], 1e-30) for kind in choices[full]}
+    return {kind: found.get(kind, 1.0) for kind in candidates}
+
+
+def scaled(costs: plan_costs.Costs, by: Mapping[str, float]) -> plan_costs.Costs:
+    return {name: {kind: cost * by[kind] for kind, cost in row.items()} for name, row in costs.items()}
 
 
 def _layer_costs(

@@ -20,10 +20,10 @@ from device.schema import SlimpiError
 from pipeline.architectures import layer_folds
 from pipeline.checkpoint import Checkpoint, Tensor
 from pipeline.export.gguf import Encode, EncodedTensor, gguf_tensors
-from pipeline.formats import FORMATS, Format, QTensor, check_columns
+from pipeline.formats import FORMATS, Format, QTensor, Quantized, check_columns
 from pipeline.gguf_file import add_keys, read_gguf
 from pipeline.layers import Fold, Layer, QuantizedLayer, Stats
-from pipeline.methods import METHODS, search
+from pipeline.methods import METHODS, llama_codes, search
 from pipeline.packing import pack
 from pipeline.plan import Plan
 from pipeline.progress import Tick
@@ -62,16 +62,18 @@ def compute_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def coded(plan: Plan) -> dict[str, Format]:
-    """The tensors that get codes, by name. SlimpiError if only llama.cpp can choose them, or GGUF cannot hold them."""
+def coded(plan: Plan, lattices: bool = False) -> dict[str, Format]:
+    """The tensors that get codes, by name; `lattices`: those of llama.cpp's own search too. SlimpiError if only it can
+    choose them otherwise, or GGUF cannot hold them."""
     found = {}
     for name, asked in plan.formats.items():
         kind = FORMATS[asked]
         if kind.ggml_type is None:
             raise SlimpiError(f"{name} is planned as {asked}, which GGUF does not hold. Plan a ggml type.")
-        if kind.codes is None and asked not in ("F32", "F16", "BF16"):
+        ours = kind.codes is not None or (lattices and asked in llama_codes.TYPES)
+        if not ours and asked not in ("F32", "F16", "BF16"):
             raise SlimpiError(f"{name} is planned as {asked}, whose codes only llama.cpp chooses. Plan another type.")
-        if kind.codes is not None:
+        if ours:
             found[name] = kind
     return found
 
@@ -86,7 +88,7 @@ def quantize_model(
     SlimpiError for formats that do not fit the tensors, and for statistics that the method needs and lacks.
     """
     tensors = gguf_tensors(checkpoint)
-    wanted = coded(plan)
+    wanted = coded(plan, METHODS[method].lattices)
     for name, kind in wanted.items():
         check_columns(name, tensors[name].shape[-1], kind)
     folds = layer_folds(checkpoint.architecture, checkpoint.config)
@@ -218,8 +220,8 @@ def _checked(method: str, layer: Layer, formats: Mapping[str, Format], made: Qua
     if made.tensors.keys() != formats.keys():
         raise ValueError(f"{method} made {sorted(made.tensors)}, asked were {sorted(formats)}")
     for name, q in made.tensors.items():
-        if q.format != formats[name] or q.codes.shape != layer.matrices[name].shape:
-            raise ValueError(f"{method} made {name} as {q.format.name} {tuple(q.codes.shape)}")
+        if q.format != formats[name] or q.shape != layer.matrices[name].shape:
+            raise ValueError(f"{method} made {name} as {q.format.name} {tuple(q.shape)}")
         _refuse_infinite(f"blk.{layer.index}.{name} in {q.format.name} by {method}", q)
     for name, vector in made.vectors.items():
         if name not in layer.vectors or vector.shape != layer.vectors[name].shape or not vector.isfinite().all():
@@ -227,7 +229,9 @@ def _checked(method: str, layer: Layer, formats: Mapping[str, Format], made: Qua
     return made
 
 
-def _refuse_infinite(what: str, q: QTensor) -> None:
+def _refuse_infinite(what: str, q: Quantized) -> None:
+    if not isinstance(q, QTensor):
+        return  # llama.cpp's own search bounds what it stores
     for scales in (q.scales.d, q.scales.dmin):
         if scales is not None and not scales.isfinite().all():
             raise SlimpiError(f"{what} needs scales beyond {scales.dtype}. Its weights are too large: keep it in F16.")

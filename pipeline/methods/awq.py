@@ -16,12 +16,12 @@ import torch
 
 from device.schema import SlimpiError
 from pipeline.folds import changed_vectors, fold_in, n_scales, per_column, per_producer, possible, scaled_stats
-from pipeline.formats import Format, QTensor
+from pipeline.formats import Format, QTensor, Quantized
 from pipeline.layers import Fold, Layer, Method, QuantizedLayer, Stats
 from pipeline.methods import rtn
 from pipeline.methods.blend import where
 
-Probe = Callable[[torch.Tensor, Stats | None, Format], tuple[QTensor, list[str]]]
+Probe = Callable[[torch.Tensor, Stats | None, Format], tuple[Quantized, list[str]]]
 Refine = Callable[["Scaled", "Scaled", Fold | None, list[str], Mapping[str, Format]], "Scaled"]
 """(before the fold's scales, with them and in codes, the fold, its matrices, formats) -> with others. Without a fold:
 a matrix whose inputs cannot be scaled."""
@@ -48,7 +48,7 @@ class Scaled:
     inputs: dict[str, Stats]
     column_scales: dict[str, torch.Tensor]
     row_scales: dict[str, torch.Tensor]
-    tensors: dict[str, QTensor]
+    tensors: dict[str, Quantized]
     notes: list[str]
 
 
@@ -219,7 +219,7 @@ def _device(state: Scaled) -> torch.device:
     return next(iter(state.layer.matrices.values())).device
 
 
-def clipped(w: torch.Tensor, stats: Stats | None, kind: Format) -> tuple[QTensor, list[str]]:
+def clipped(w: torch.Tensor, stats: Stats | None, kind: Format) -> tuple[Quantized, list[str]]:
     """Round to nearest after clipping each group at the share of its largest magnitude with the smallest output error.
 
     The errors of other groups are left out while a group is clipped (section 3.2 and the reference's auto_clip); rows

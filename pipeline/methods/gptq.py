@@ -14,12 +14,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
 import torch
 
 from device.schema import SlimpiError
-from pipeline.formats import Format, QTensor, Scales, side_by_side
+from pipeline.formats import Format, Packed, QTensor, Scales, side_by_side
 from pipeline.layers import Layer, QuantizedLayer, Stats
-from pipeline.methods import polish, search
+from pipeline.methods import llama_codes, polish, search
 from pipeline.methods.polish import Coded, from_scales, rounder
 from pipeline.methods.rtn import codes_of, inverse
 
@@ -51,7 +52,7 @@ def run(layer: Layer, stats: Mapping[str, Stats], formats: Mapping[str, Format])
     by_input: dict[int, list[str]] = {}
     for name in formats:
         by_input.setdefault(id(stats[name]), []).append(name)
-    tensors: dict[str, QTensor] = {}
+    tensors: dict[str, QTensor | Packed] = {}
     notes: list[str] = []
     for names in by_input.values():
         curvature = factorize(stats[names[0]].hessian().to(layer.matrices[names[0]].device))
@@ -74,7 +75,7 @@ def quantize(
     rounds: int = ROUNDS,
     sweeps: int = SWEEPS,
     order: Order = "columns",
-) -> tuple[QTensor, list[str]]:
+) -> tuple[QTensor | Packed, list[str]]:
     """w float32 (rows, columns). See `factorize` for damping and errors, `solve` for the rest."""
     if stats is None:
         raise SlimpiError("GPTQ needs a Hessian of each layer's input. Calibrate first.")
@@ -116,15 +117,17 @@ def solve(
     rounds: int = ROUNDS,
     sweeps: int = SWEEPS,
     order: Order = "columns",
-) -> QTensor:
+) -> QTensor | Packed:
     """Codes and scales of w. rounds: of `polish.improve` each time a block is visited; sweeps: visits to all blocks
     with the whole H, after the pass that is GPTQ. Both 0 give the paper's algorithm.
 
     order "activation" takes columns by falling diagonal of H, with scales fixed beforehand (act-order with static
     groups); scales then move in sweeps only.
     """
-    codes_of(w, kind)
     target = w.T.contiguous()
+    if kind.codes is None:
+        return _in_llamas_blocks(target, curvature, kind)
+    codes_of(w, kind)
     forward = _in_columns_order if order == "columns" else _in_activation_order
     coded, scales = forward(target, curvature, kind, rounds)
     error = target - coded.weights()
@@ -157,6 +160,20 @@ def _in_columns_order(target: torch.Tensor, curvature: Curvature, kind: Format, 
 
     _forward(target, curvature.r, kind.block_size, settle)
     return polish.stack(parts), side_by_side(scales)
+
+
+def _in_llamas_blocks(target: torch.Tensor, curvature: Curvature, kind: Format) -> Packed:
+    """Blocks are settled by llama.cpp's search with the importance a block's columns have at its turn; feedback goes
+    from block to block, none within one."""
+    importance = curvature.r.diagonal().square()
+    parts: list[Packed] = []
+
+    def settle(low: int, high: int, goal: torch.Tensor, corner: torch.Tensor) -> torch.Tensor:
+        parts.append(llama_codes.choose(goal.T, importance[low:high], kind))
+        return parts[-1].dequantize().T.to(goal.device)
+
+    _forward(target, curvature.r, kind.block_size, settle)
+    return Packed(kind, np.concatenate([part.data for part in parts], 1), len(target))
 
 
 def _in_activation_order(target: torch.Tensor, curvature: Curvature, kind: Format, rounds: int) -> tuple[Coded, Scales]:
@@ -228,7 +245,9 @@ def _stackable(names: list[str], formats: Mapping[str, Format]) -> list[list[str
     return list(together.values())
 
 
-def _rows(q: QTensor, start: int, stop: int) -> QTensor:
+def _rows(q: QTensor | Packed, start: int, stop: int) -> QTensor | Packed:
+    if isinstance(q, Packed):
+        return replace(q, data=q.data[start:stop])
     s = q.scales
     dmin, min_codes = s.dmin, s.min_codes
     cut = replace(

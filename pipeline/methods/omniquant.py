@@ -90,7 +90,9 @@ def _beginning(found: Scaled, fold: Fold | None, names: list[str], formats: Mapp
     """AWQ's scales, and the clips that come nearest to its codes' ranges."""
     clips, signs = {}, {}
     for name in names:
-        w, scales = found.layer.matrices[name], found.tensors[name].scales
+        w, start = found.layer.matrices[name], found.tensors[name]
+        assert isinstance(start, QTensor)
+        scales = start.scales
         clips[name] = clips_of(w, scales, rtn.codes_of(w, formats[name])).requires_grad_()
         signs[name] = torch.where(scales.values() < 0, -1.0, 1.0)
     if fold is None:

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from pipeline.formats import Format, QTensor, Scales
+from pipeline.formats import Format, QTensor, Quantized, Scales
 from pipeline.layers import Stats
+from pipeline.methods import llama_codes
 from pipeline.methods.rtn import codes_of, extremes, nearest
 from pipeline.methods.search_blocks import store_fit
 from pipeline.methods.search_groups import Groups, fit_groups
@@ -23,9 +24,12 @@ from pipeline.methods.search_groups import Groups, fit_groups
 _CHUNK = {"cpu": 1 << 19, "cuda": 1 << 24}
 
 
-def quantize(w: torch.Tensor, stats: Stats | None, kind: Format) -> tuple[QTensor, list[str]]:
-    """w float32 (rows, columns); the importance of a column is its mean x^2, 1 without stats."""
+def quantize(w: torch.Tensor, stats: Stats | None, kind: Format) -> tuple[Quantized, list[str]]:
+    """w float32 (rows, columns); the importance of a column is its mean x^2, 1 without stats. Types whose codes are
+    llama.cpp's own are searched by it."""
     importance = torch.ones(1, device=w.device) if stats is None else stats.mean_x2
+    if kind.codes is None:
+        return llama_codes.choose(w, importance, kind), []
     return choose(w, importance, kind), []
 
 
