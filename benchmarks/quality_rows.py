@@ -19,7 +19,9 @@ from device.schema import Provenance, Record, SlimpiError
 MAX_RATIO = 0.80
 CONFIDENCE = 0.95
 BITS_WINDOW = 0.2
-"""A file stands for a target of so many bits per linear weight if it is at most this far from it."""
+SIZE_WINDOW = 0.01
+"""A file stands for a target of so many bits per linear weight if it is at most this far from it, in bits; one of ours
+if its size is at most this share beyond those of llama-quantize's files that do."""
 
 MAX_SOURCE_SHARE = 0.5
 """More of the linear weights than this in the very type they were dequantized from: nearly free, so not compared."""
@@ -262,7 +264,7 @@ def verdicts_of(rows: Sequence[QualityRow], targets: Mapping[str, Sequence[float
 def _verdict(rows: Sequence[QualityRow], corpus: str, target: float) -> Verdict:
     scored = [(r, s) for r in rows if not r.free and (s := r.score(corpus))]
     peers = [(r, s) for r, s in scored if r.maker == "llama-quantize"]
-    ours = [(r, s) for r, s in scored if r.maker == "slimpi" and abs(r.bits_per_linear_weight - target) <= BITS_WINDOW]
+    ours = [(r, s) for r, s in scored if r.maker == "slimpi" and _is_near(r, target, [r for r, _ in peers])]
     check_alike([s for _, s in [*peers, *ours]])
     best = {r.size_bytes: s.kld_chunks for r, s in sorted(peers, key=lambda pair: -pair[1].kld)}
     names = {r.size_bytes: r.variant for r, _ in sorted(peers, key=lambda pair: -pair[1].kld)}
@@ -294,6 +296,15 @@ def _verdict(rows: Sequence[QualityRow], corpus: str, target: float) -> Verdict:
     )
 
 
+def _is_near(row: QualityRow, target: float, peers: Sequence[QualityRow]) -> bool:
+    """Whether the file has the size of llama-quantize's files of about `target` bits: files of ours may spend fewer
+    bytes on the embeddings and so more bits on linear weights. Without such peers, whether it has the target's bits."""
+    sizes = [r.size_bytes for r in peers if abs(r.bits_per_linear_weight - target) <= BITS_WINDOW]
+    if not sizes:
+        return abs(row.bits_per_linear_weight - target) <= BITS_WINDOW
+    return (1 - SIZE_WINDOW) * min(sizes) <= row.size_bytes <= (1 + SIZE_WINDOW) * max(sizes)
+
+
 def _around(sizes: Sequence[float], x: float) -> list[float]:
     """The one size that is x, or those next to it."""
     return [x] if x in sizes else [*sorted(s for s in sizes if s < x)[-1:], *sorted(s for s in sizes if s > x)[:1]]
@@ -301,7 +312,7 @@ def _around(sizes: Sequence[float], x: float) -> list[float]:
 
 def _unjudged(model: str, corpus: str, target: float, ours: Sequence[QualityRow], hull: Sequence[Point]) -> Verdict:
     if not ours:
-        why = f"no file of ours within {BITS_WINDOW} bits of it"
+        why = "no file of ours of that size"
     elif not hull:
         why = "no llama-quantize file was measured"
     else:

@@ -185,13 +185,19 @@ def test_the_bar_is_80_percent_at_equal_bytes(kld: float, ok: bool) -> None:
 
 
 def test_the_best_of_ours_near_the_target_counts() -> None:
+    """Near is what has the bytes of a peer with the target's bits, whatever its own bits; without such a peer, bits."""
     ours = [
-        row("worse", 250, [0.09] * 3, "slimpi", bits=4.5),
-        row("best", 280, [0.04] * 3, "slimpi", bits=4.69),
-        row("too far", 290, [0.001] * 3, "slimpi", bits=4.71),
-        row("free", 280, [0.0001] * 3, "slimpi", bits=4.5, share=0.51),
+        row("worse", 298, [0.09] * 3, "slimpi", bits=4.5),
+        row("best", 300, [0.04] * 3, "slimpi", bits=5.2),
+        row("too large", 305, [0.001] * 3, "slimpi", bits=4.5),
+        row("too small", 295, [0.001] * 3, "slimpi", bits=4.5),
+        row("free", 300, [0.0001] * 3, "slimpi", bits=4.5, share=0.51),
     ]
-    (verdict,) = verdicts_of([*PEERS, *ours], {"m": (4.5,)})
+    bits = {"Q2": 2.6, "Q3": 3.4, "Q4": 4.5, "Q8": 8.5}
+    peers = [msgspec.structs.replace(peer, bits_per_linear_weight=bits[peer.variant]) for peer in PEERS]
+    (verdict,) = verdicts_of([*peers, *ours], {"m": (4.5,)})
+    assert verdict.variant == "best"
+    (verdict,) = verdicts_of([*peers, *ours], {"m": (5.2,)})
     assert verdict.variant == "best"
 
 
@@ -222,7 +228,7 @@ def test_a_file_of_a_peers_size_is_compared_with_that_peer() -> None:
 @pytest.mark.parametrize(
     ("rows", "why"),
     [
-        (PEERS, "no file of ours within 0.2 bits"),
+        (PEERS, "no file of ours of that size"),
         ([row("ours", 250, [0.1] * 3, "slimpi")], "no llama-quantize file"),
         ([*PEERS, row("ours", 601, [0.001] * 3, "slimpi")], "ours is larger than every"),
     ],
