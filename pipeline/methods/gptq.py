@@ -163,13 +163,12 @@ def _in_columns_order(target: torch.Tensor, curvature: Curvature, kind: Format, 
 
 
 def _in_llamas_blocks(target: torch.Tensor, curvature: Curvature, kind: Format) -> Packed:
-    """Blocks are settled by llama.cpp's search with the importance a block's columns have at its turn; feedback goes
-    from block to block, none within one."""
-    importance = curvature.r.diagonal().square()
+    """Blocks are settled by llama.cpp's search; feedback goes from block to block, none within one, so that a column
+    counts what it does in R_bb R_bb^T, before any compensation by its neighbours."""
     parts: list[Packed] = []
 
     def settle(low: int, high: int, goal: torch.Tensor, corner: torch.Tensor) -> torch.Tensor:
-        parts.append(llama_codes.choose(goal.T, importance[low:high], kind))
+        parts.append(llama_codes.choose(goal.T, corner.square().sum(1), kind))
         return parts[-1].dequantize().T.to(goal.device)
 
     _forward(target, curvature.r, kind.block_size, settle)

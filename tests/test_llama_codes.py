@@ -1,0 +1,150 @@
+"""Types whose codes are llama.cpp's own, under our feedback and in our plans."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import ggml_side
+import numpy as np
+import pytest
+import torch
+from test_quantize import models, quantized, tiny_recipe
+from toy_layers import samples, stats_of, toy_layer
+
+from device.schema import SlimpiError
+from pipeline import hessians, plan, predicted_costs, sensitivity
+from pipeline.build import build
+from pipeline.checkpoint import load
+from pipeline.export.gguf import gguf_tensors
+from pipeline.formats import FORMATS, Packed
+from pipeline.gguf_file import read_gguf
+from pipeline.methods import METHODS, gptq, llama_codes, search
+from pipeline.progress import Progressor
+from pipeline.quantize import Workshop
+from pipeline.recipes import PlanTable, Recipe
+from pipeline.store import Places, load_artifact
+
+__all__ = ["models"]
+TAKING = [name for name, entry in METHODS.items() if entry.lattices]
+
+
+def matrix(rows: int = 24, columns: int = 512, seed: int = 0) -> torch.Tensor:
+    return 0.05 * torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("name", llama_codes.TYPES)
+def test_codes_are_llama_cpps_whatever_the_threads(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    w, importance, kind = matrix(), samples(50, 512, 1).square().mean(0), FORMATS[name]
+    assert kind.ggml_type is not None
+    expected = ggml_side.quantize(w.numpy(), kind.ggml_type, importance.numpy())
+    for threads in (1, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        found = llama_codes.choose(w, importance, kind)
+        assert np.array_equal(found.data, expected)
+    assert found.shape == w.shape
+    theirs = ggml_side.dequantize(expected, kind.ggml_type, 512)
+    assert np.allclose(found.dequantize().numpy(), theirs, rtol=1e-6, atol=1e-9)
+
+
+def test_columns_without_importance_and_zero_rows_are_no_trouble() -> None:
+    w, importance = matrix(), torch.ones(512)
+    importance[::7], w[3] = 0, 0
+    for name in llama_codes.TYPES:
+        found = llama_codes.choose(w, importance, FORMATS[name]).dequantize()
+        assert found.isfinite().all()
+        assert not found[3].any()
+
+
+@pytest.mark.parametrize("name", llama_codes.TYPES)
+def test_feedback_from_block_to_block_lowers_the_loss(name: str) -> None:
+    x = samples(2000, 1024, 3)
+    w, stats = matrix(64, 1024, 1), stats_of(x)
+
+    def loss(q: object) -> float:
+        assert isinstance(q, Packed)
+        return float(((w - q.dequantize()) @ x.T).square().mean())
+
+    with_it = gptq.quantize(w, stats, FORMATS[name])[0]
+    without = search.quantize(w, stats, FORMATS[name])[0]
+    assert loss(with_it) < 0.97 * loss(without)
+    first = slice(0, FORMATS[name].block_size)
+    assert (with_it.dequantize()[:, first] - w[:, first]).std() > 0  # a first block is coded, not kept
+
+
+def test_matrices_with_one_input_are_coded_together_and_taken_apart_again() -> None:
+    layer, stats = toy_layer()
+    kinds = dict.fromkeys(("attn_q.weight", "attn_k.weight"), FORMATS["IQ3_XXS"]) | {"attn_v.weight": FORMATS["Q3_K"]}
+    made = gptq.run(layer, stats, kinds).tensors
+    for name in kinds:
+        assert made[name].shape == layer.matrices[name].shape
+        alone = gptq.quantize(layer.matrices[name], stats[name], kinds[name])[0]
+        if name != "attn_v.weight":
+            assert np.array_equal(made[name].data, alone.data)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in TAKING])
+def test_a_method_that_takes_none_is_never_given_one(
+    method: str, models: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = models("llama-wide")
+    base = plan.read_base(folder / "base.gguf")
+    wanted = plan.uniform(base, "IQ3_XXS", embeddings="Q8_0", output="Q8_0")
+    with pytest.raises(SlimpiError, match=r"whose codes only llama\.cpp chooses"):
+        quantized(folder, method, wanted, tmp_path)
+
+
+@pytest.mark.parametrize("method", TAKING)
+def test_a_file_holds_what_was_chosen(method: str, models: Callable[[str], Path], tmp_path: Path) -> None:
+    """Mixed with a type of ours, and a part of the file that other readers of GGUF give back as it was chosen."""
+    folder = models("llama-wide")
+    base = plan.read_base(folder / "base.gguf")
+    wanted = plan.uniform(base, "IQ2_S", embeddings="Q8_0", output="Q8_0", overrides={"*.attn_output.weight": "Q3_K"})
+    out = read_gguf(quantized(folder, method, wanted, tmp_path)).tensors
+    stats, tensors = hessians.load_stats(folder / "stats"), gguf_tensors(load(folder / "base.gguf"))
+    for name in ("blk.0.ffn_down.weight", "blk.1.attn_q.weight"):
+        assert out[name].type.name == "IQ2_S"
+        single = METHODS[method].outside or search.quantize
+        chosen = single(tensors[name].read().float(), stats[name], FORMATS["IQ2_S"])[0]
+        assert np.array_equal(out[name].read_rows(0, out[name].n_rows), chosen.data)  # type: ignore[union-attr]
+
+
+def test_what_a_method_gains_is_measured_a_type(models: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = models("llama-wide")
+    checkpoint, base = load(folder / "base.gguf"), plan.read_base(folder / "base.gguf")
+    shop = Workshop(tmp_path, "tiny", "weights", "stats", torch.device("cpu"), say=lambda message: None)
+    stats, types = hessians.load_stats(folder / "stats"), ["Q2_K", "Q3_K", "IQ3_XXS"]
+    found = {m: predicted_costs.gains(checkpoint, base, stats, m, types, shop) for m in ("gptq", "search")}
+    assert all(gain > 1 for gain in predicted_costs.gains(checkpoint, base, stats, "rtn", types[:2], shop).values())
+    assert found["search"] == dict.fromkeys(types, 1.0)
+    assert all(0 < found["gptq"][kind] < 0.97 for kind in ("Q2_K", "Q3_K"))
+    assert found["gptq"]["IQ3_XXS"] == pytest.approx(1, rel=0.05), "rows of one block have nobody to hand errors on to"
+    costs = {"a": {"Q2_K": 2.0, "Q3_K": 3.0}}
+    assert predicted_costs.scaled(costs, {"Q2_K": 0.5, "Q3_K": 1.0}) == {"a": {"Q2_K": 1.0, "Q3_K": 3.0}}
+    felt = sensitivity.Sensitivity({}, {})
+    assert predicted_costs.outer_costs(checkpoint, base, felt, types, shop) == {}
+
+
+def recipe(folder: Path, variant: str, types: list[str]) -> Recipe:
+    import msgspec
+
+    return msgspec.structs.replace(tiny_recipe(folder, ["BF16", variant]), plan=PlanTable(types=types))
+
+
+def test_a_recipe_names_the_types_of_its_budgets(tmp_path: Path) -> None:
+    made = recipe(tmp_path / "hf", "GPTQ-0.2MiB", ["IQ4_NL", "Q5_0", "Q8_0"])
+    artifact = load_artifact(build(made, Places(tmp_path / "home"), Progressor(plain=True))[1])
+    kinds = {kind for name, kind in artifact.plan.items() if kind not in ("F32", "BF16")}
+    assert kinds <= {"IQ4_NL", "Q5_0", "Q8_0"}
+    assert 0.19 * 2**20 < artifact.size_bytes <= 0.2 * 2**20
+    assert artifact.plan["token_embd.weight"] in {"IQ4_NL", "Q5_0", "Q8_0"}
+
+
+@pytest.mark.parametrize(
+    ("types", "variant", "said"),
+    [(["Q9_K"], "SEARCH-0.2MiB", "types has 'Q9_K'"), (["IQ3_S"], "RTN-0.2MiB", "rtn chooses codes for none of IQ3_S")],
+)
+def test_wrong_types_are_refused(types: list[str], variant: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(SlimpiError, match=said):
+        build(recipe(tmp_path / "hf", variant, types), Places(tmp_path / "home"), Progressor(plain=True))
+    assert not list((tmp_path / "home").glob("**/*RTN*.gguf"))
