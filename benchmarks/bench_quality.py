@@ -51,12 +51,12 @@ from pipeline.recordings import Recording, record, sample_ticker
 from pipeline.store import Places, digest, load_artifact, places
 from pipeline.variants import parse_variant
 
-RECIPES = ("qwen2.5-coder-1.5b", "smollm2-135m", "gemma-3-270m")
+RECIPES = ("qwen2.5-coder-1.5b", "smollm2-135m-methods", "gemma-3-270m")
 TEXTS = ("wikitext2-test", "ptb-test")
 # Bits per linear weight. Widths of SmolLM2 and Gemma are no multiples of 256: K types fall back, so from 4.25 on.
 TARGETS = {
     "qwen2.5-coder-1.5b": (2.7, 3.1, 3.8),
-    "smollm2-135m": (4.25, 4.5, 5.0),
+    "smollm2-135m-methods": (4.25, 4.5, 5.0),
     "gemma-3-270m": (4.25, 4.5, 5.0),
 }
 PEERS = tuple(name for name in VARIANTS if name not in ("F32", "F16", "BF16"))

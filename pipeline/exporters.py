@@ -161,7 +161,8 @@ def _measured(out: Path, types: dict[str, str]) -> dict[str, Any]:
 def _quantize_by_method(context: Context, prepared: Prepared, spec: VariantSpec, out: Path) -> Made:
     """One of METHODS, layer by layer, into the types of a plan."""
     model = checkpoint.load(prepared.base)
-    needed = METHODS[spec.method].needs != "nothing" or spec.bits or spec.mib
+    budget = _budget(prepared.base, spec)
+    needed = METHODS[spec.method].needs != "nothing" or budget is not None
     stats, lineage = _stats(context, prepared.base) if needed else ({}, [])
     shop = quantize.Workshop(
         context.places.stages,
@@ -171,7 +172,7 @@ def _quantize_by_method(context: Context, prepared: Prepared, spec: VariantSpec,
         device=quantize.compute_device(),
         say=context.progress.say,
     )
-    plan, planning = _plan(context, prepared, spec, model, stats, shop)
+    plan, planning = _plan(context, prepared, spec, budget, model, stats, shop)
     if spec.mib:
         felt, step = _sensitivity(context, model)
         stats |= sensitivity.outer_stats(felt)
@@ -225,6 +226,7 @@ def _plan(
     context: Context,
     prepared: Prepared,
     spec: VariantSpec,
+    budget: Budget | None,
     model: checkpoint.Checkpoint,
     stats: dict[str, Stats],
     shop: quantize.Workshop,
@@ -238,7 +240,7 @@ def _plan(
     kind = FORMATS[spec.uniform or _EMBEDDINGS_BESIDE_A_BUDGET]
     output = "Q6_K" if kind.bits_per_weight < FORMATS["Q6_K"].bits_per_weight else kind.name
     fixed = plans.uniform(base, kind.name, embeddings=kind.name, output=output)
-    if spec.uniform:
+    if budget is None:
         return fixed, []
     felt, step = _sensitivity(context, model)
     types = _types(context, spec)
@@ -247,8 +249,15 @@ def _plan(
     if spec.mib:  # of a budget in bits per linear weight the others are no part
         costs |= predicted_costs.outer_costs(model, base, felt, types, replace(shop, outer_key=step.settings))
     costs = predicted_costs.scaled(costs, predicted_costs.gains(model, base, stats, spec.method, types, shop))
-    budget = Budget(linear_bits=spec.bits) if spec.bits else Budget(file_bytes=int(spec.mib * 2**20))
     return best_plan(base, fixed, costs, budget)[0], [step]
+
+
+def _budget(base: Path, spec: VariantSpec) -> Budget | None:
+    """SlimpiError if a context alone takes the memory."""
+    if not spec.mib:
+        return Budget(linear_bits=spec.bits) if spec.bits else None
+    limit = int(spec.mib * 2**20)
+    return Budget(file_bytes=plans.memory_limit(base, spec.n_ctx, limit) if spec.n_ctx else limit)
 
 
 def _types(context: Context, spec: VariantSpec) -> list[str]:

@@ -2,7 +2,8 @@
 
 PLAN is a ggml type, which every matrix of the decoder blocks gets; or the name of one of llama-quantize's mixes, whose
 types tensor by tensor it takes over (where a name is both, the type is meant, and `-mix` after it asks for the mix); or
-a budget, 3.1bpw over the linear layers or 700MiB for the file, under which the types are chosen that lose least.
+a budget, 3.1bpw over the linear layers, 700MiB for the file, or 700MiB-ctx4096 for the memory that decoding with such a
+context takes, under which the types are chosen that lose least.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ MIXES = tuple(name for name, mix in VARIANTS.items() if mix.base_type in TYPES)
 """llama-quantize's mixes of these types."""
 
 _MIX = "-mix"
-_BUDGET = re.compile(r"(?P<number>\d+(?:\.\d+)?)(?P<unit>bpw|MiB)")
+_BUDGET = re.compile(r"(?P<number>\d+(?:\.\d+)?)(?:(?P<bits>bpw)|MiB(?:-ctx(?P<n_ctx>[1-9]\d{0,5}))?)")
 
 
 @dataclass(frozen=True)
 class VariantSpec:
     """A variant's name, taken apart. method: a key of METHODS, "" = llama-quantize chooses codes and types.
 
-    Exactly one of uniform (a type), mix (one of llama-quantize's names), bits (per linear weight) and mib (of the file)
-    is set.
+    Exactly one of uniform (a type), mix (one of llama-quantize's names), bits (per linear weight) and mib is set; mib
+    is the file's size, or with n_ctx the memory with a context of so many tokens.
     """
 
     name: str
@@ -40,6 +41,7 @@ class VariantSpec:
     mix: str = ""
     bits: float = 0.0
     mib: float = 0.0
+    n_ctx: int = 0
 
 
 def parse_variant(name: str) -> VariantSpec:
@@ -56,8 +58,9 @@ def parse_variant(name: str) -> VariantSpec:
     if plan in TYPES:
         return VariantSpec(name, method.lower(), uniform=plan)
     if (found := _BUDGET.fullmatch(plan)) and (number := float(found["number"])) > 0:
-        in_bits = found["unit"] == "bpw"
-        return VariantSpec(name, method.lower(), bits=number * in_bits, mib=number * (not in_bits))
+        if found["bits"]:
+            return VariantSpec(name, method.lower(), bits=number)
+        return VariantSpec(name, method.lower(), mib=number, n_ctx=int(found["n_ctx"] or 0))
     mix = plan.removesuffix(_MIX)
     if mix in MIXES:
         return VariantSpec(name, method.lower(), mix=mix)
@@ -70,7 +73,7 @@ def _help() -> str:
 
 def _plans() -> str:
     mixes = _known(v for v in MIXES if v not in TYPES)
-    return f"a type ({_known(TYPES)}), a mix of llama-quantize ({mixes}), or a budget (3.1bpw, 700MiB)"
+    return f"a type ({_known(TYPES)}), a mix of llama-quantize ({mixes}), or a budget (3.1bpw, 700MiB, 900MiB-ctx4096)"
 
 
 def _known(names: Iterable[str]) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import ggml_side
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -13,7 +14,7 @@ from test_quantize import models, quantized, tiny_recipe
 from toy_layers import samples, stats_of, toy_layer
 
 from device.schema import SlimpiError
-from pipeline import hessians, plan, predicted_costs, sensitivity
+from pipeline import fit, hessians, plan, predicted_costs, sensitivity
 from pipeline.build import build
 from pipeline.checkpoint import load
 from pipeline.export.gguf import gguf_tensors
@@ -126,8 +127,6 @@ def test_what_a_method_gains_is_measured_a_type(models: Callable[[str], Path], t
 
 
 def recipe(folder: Path, variant: str, types: list[str]) -> Recipe:
-    import msgspec
-
     return msgspec.structs.replace(tiny_recipe(folder, ["BF16", variant]), plan=PlanTable(types=types))
 
 
@@ -138,6 +137,24 @@ def test_a_recipe_names_the_types_of_its_budgets(tmp_path: Path) -> None:
     assert kinds <= {"IQ4_NL", "Q5_0", "Q8_0"}
     assert 0.19 * 2**20 < artifact.size_bytes <= 0.2 * 2**20
     assert artifact.plan["token_embd.weight"] in {"IQ4_NL", "Q5_0", "Q8_0"}
+
+
+def test_a_budget_of_memory_leaves_room_for_the_context(tmp_path: Path) -> None:
+    first = recipe(tmp_path / "hf", "Q8_0", ["IQ4_NL", "Q8_0"])
+    places = Places(tmp_path / "home")
+    build(first, places, Progressor(plain=True))
+    (base,) = places.stages.glob("*/base.gguf")
+    room = plan.memory_limit(base, 2048, 100 * 2**20)
+    mib = 100 - fit.MARGIN * (room / 2**20 - 0.2)  # little is left beside a context of 2048 tokens
+    bits = []
+    for n_ctx in (2048, 512):
+        variant = f"SEARCH-{mib:.2f}MiB-ctx{n_ctx}"
+        made = load_artifact(build(msgspec.structs.replace(first, variants=["BF16", variant]), places, Progressor())[1])
+        assert made.size_bytes <= plan.memory_limit(base, n_ctx, int(round(mib, 2) * 2**20))
+        bits.append(made.bits_per_weight)
+    assert bits[0] < bits[1] - 1, "a shorter context leaves more for the weights"
+    with pytest.raises(SlimpiError, match="do not hold the KV cache"):
+        build(msgspec.structs.replace(first, variants=["BF16", "SEARCH-1MiB-ctx2048"]), places, Progressor())
 
 
 @pytest.mark.parametrize(
