@@ -15,6 +15,7 @@ from device.schema import (
     RecordGolden,
     SlimpiError,
     describe_file,
+    sha256_file,
 )
 from pipeline import sources
 from pipeline.deploy import run_job
@@ -83,6 +84,10 @@ def _id(recipe: Recipe, variant: str, source_sha256: str, places: Places) -> str
         parts.pop(key)
     texts = [recipe.calibration.text, recipe.golden.dataset, *([recipe.head.rows] if recipe.head else [])]
     contents = [describe_dataset(name, places).file.sha256 for name in texts]
+    if profile := recipe.plan.profile:
+        if not Path(profile).is_file():
+            raise SlimpiError(f"recipe {recipe.name}: [plan] profile {profile} is no file. Run `bench --task profile`.")
+        contents.append(sha256_file(Path(profile)))
     reference = variant == recipe.reference
     return artifact_id(artifact_name(recipe, variant.lower()), [parts, variant, reference, source_sha256, contents])
 

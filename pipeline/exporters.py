@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from device.schema import Fallback, Kind, ModelTask, SlimpiError, Step, sha256_file
-from pipeline import calibrate, checkpoint, hessians, predicted_costs, quantize, sensitivity, sources
+from device.schema import Fallback, Kind, ModelTask, Report, SlimpiError, Step, read_record, sha256_file
+from pipeline import calibrate, checkpoint, hessians, plan_costs, predicted_costs, quantize, sensitivity, sources
 from pipeline import plan as plans
 from pipeline.export import gguf as gguf_export
 from pipeline.export import llama_quantize, onnx
@@ -161,7 +162,7 @@ def _measured(out: Path, types: dict[str, str]) -> dict[str, Any]:
 def _quantize_by_method(context: Context, prepared: Prepared, spec: VariantSpec, out: Path) -> Made:
     """One of METHODS, layer by layer, into the types of a plan."""
     model = checkpoint.load(prepared.base)
-    budget = _budget(prepared.base, spec)
+    budget = _budget(context, prepared.base, spec)
     needed = METHODS[spec.method].needs != "nothing" or budget is not None
     stats, lineage = _stats(context, prepared.base) if needed else ({}, [])
     shop = quantize.Workshop(
@@ -249,15 +250,27 @@ def _plan(
     if spec.mib:  # of a budget in bits per linear weight the others are no part
         costs |= predicted_costs.outer_costs(model, base, felt, types, replace(shop, outer_key=step.settings))
     costs = predicted_costs.scaled(costs, predicted_costs.gains(model, base, stats, spec.method, types, shop))
-    return best_plan(base, fixed, costs, budget)[0], [step]
+    found, choice = best_plan(base, fixed, costs, budget, latency=_latency(context, base, costs))
+    if choice.latency_ns is not None:
+        context.progress.say(f"    products of a token: {choice.latency_ns / 1e6:.2f} ms predicted")
+    return found, [step]
 
 
-def _budget(base: Path, spec: VariantSpec) -> Budget | None:
+def _latency(context: Context, base: plans.Base, costs: plan_costs.Costs) -> plan_costs.Costs | None:
+    path = context.recipe.plan.profile
+    return plan_costs.latencies(read_record(Path(path), Report), base, costs) if path else None
+
+
+def _budget(context: Context, base: Path, spec: VariantSpec) -> Budget | None:
     """SlimpiError if a context alone takes the memory."""
+    tokens_per_s = context.recipe.plan.tokens_per_s
+    latency_ns = 1e9 / tokens_per_s if tokens_per_s else math.inf
     if not spec.mib:
-        return Budget(linear_bits=spec.bits) if spec.bits else None
+        return Budget(linear_bits=spec.bits, latency_ns=latency_ns) if spec.bits else None
     limit = int(spec.mib * 2**20)
-    return Budget(file_bytes=plans.memory_limit(base, spec.n_ctx, limit) if spec.n_ctx else limit)
+    return Budget(
+        file_bytes=plans.memory_limit(base, spec.n_ctx, limit) if spec.n_ctx else limit, latency_ns=latency_ns
+    )
 
 
 def _types(context: Context, spec: VariantSpec) -> list[str]:

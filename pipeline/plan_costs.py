@@ -14,12 +14,13 @@ import torch
 from device.schema import Product, Profile, Report, SlimpiError, write_atomic
 from pipeline.formats import FORMATS
 from pipeline.layers import Layer, Method, Stats
+from pipeline.methods import llama_codes
 from pipeline.plan import EMBEDDINGS, OUTPUT, Base, read_base
 from pipeline.store import digest
 
 Costs = dict[str, dict[str, float]]
-PROFILED = (*(name for name, kind in FORMATS.items() if kind.ggml_type and kind.codes), "F16")
-"""Formats that `profile` times: those whose codes methods choose, and half floats to compare with."""
+PROFILED = (*(name for name, kind in FORMATS.items() if kind.ggml_type and kind.codes), *llama_codes.TYPES, "F16")
+"""Formats that `profile` times: those that plans choose from, and half floats to compare with."""
 
 Measure = Callable[[torch.Tensor, Stats | None], float]
 

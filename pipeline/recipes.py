@@ -27,9 +27,19 @@ class Calibration(_Config, frozen=True, kw_only=True):
 
 
 class PlanTable(_Config, frozen=True, kw_only=True):
-    """types: the ggml types that a variant with a budget (GPTQ-700MiB) chooses from; none = a list of slimpi's own."""
+    """What a variant with a budget (GPTQ-700MiB) chooses from: types, none = a list of slimpi's own.
+
+    profile: report.json of the task `profile` on the device; with it a decoded token's products take at most
+    1 / tokens_per_s seconds there, by what the device measured.
+    """
 
     types: list[str] = []
+    profile: str = ""
+    tokens_per_s: Annotated[float, Meta(ge=0)] = 0.0
+
+    def __post_init__(self) -> None:
+        if bool(self.profile) != bool(self.tokens_per_s):
+            raise ValueError("[plan] profile and tokens_per_s go together: name both or neither")
 
 
 class Head(_Config, frozen=True, kw_only=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,17 +11,19 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from test_plan_costs import profile_report
 from test_quantize import models, quantized, tiny_recipe
 from toy_layers import samples, stats_of, toy_layer
 
-from device.schema import SlimpiError
-from pipeline import fit, hessians, plan, predicted_costs, sensitivity
+from device.schema import Artifact, SlimpiError, encode
+from pipeline import fit, hessians, plan, plan_costs, predicted_costs, sensitivity
 from pipeline.build import build
 from pipeline.checkpoint import load
 from pipeline.export.gguf import gguf_tensors
 from pipeline.formats import FORMATS, Packed
 from pipeline.gguf_file import read_gguf
 from pipeline.methods import METHODS, gptq, llama_codes, search
+from pipeline.plan_costs import PROFILED
 from pipeline.progress import Progressor
 from pipeline.quantize import Workshop
 from pipeline.recipes import PlanTable, Recipe
@@ -155,6 +158,46 @@ def test_a_budget_of_memory_leaves_room_for_the_context(tmp_path: Path) -> None:
     assert bits[0] < bits[1] - 1, "a shorter context leaves more for the weights"
     with pytest.raises(SlimpiError, match="do not hold the KV cache"):
         build(msgspec.structs.replace(first, variants=["BF16", "SEARCH-1MiB-ctx2048"]), places, Progressor())
+
+
+def test_a_profile_and_tokens_a_second_bound_the_plan(tmp_path: Path) -> None:
+    """Q8_0 is made fast and everything else slow: with the bound the plan may not have but a little of it."""
+    first = recipe(tmp_path / "hf", "Q8_0", ["IQ4_NL", "Q8_0"])
+    places = Places(tmp_path / "home")
+    build(first, places, Progressor(plain=True))
+    base = plan.read_base(next(places.stages.glob("*/base.gguf")))
+    times = {
+        (p.format, p.rows, p.columns): [1.0 if p.format == "Q8_0" else 10.0]
+        for p in plan_costs.products(base, PROFILED)
+    }
+    (tmp_path / "report.json").write_bytes(encode(profile_report(times)))
+    n_weights = sum(math.prod(base.shapes[name]) for name in base.matrices) - math.prod(base.shapes[plan.EMBEDDINGS])
+    n_weights += 0 if plan.OUTPUT in base.shapes else math.prod(base.shapes[plan.EMBEDDINGS])
+
+    def planned(**table: object) -> Artifact:
+        made = msgspec.structs.replace(
+            first, variants=["BF16", "SEARCH-1MiB"], plan=PlanTable(types=["IQ4_NL", "Q8_0"], **table)
+        )  # type: ignore[arg-type]
+        return load_artifact(build(made, places, Progressor(plain=True))[1])
+
+    profile = str(tmp_path / "report.json")
+    assert set(planned().plan.values()) == {"Q8_0", "F32"}
+    assert planned(profile=profile, tokens_per_s=1e9 / n_weights / 1.001).plan == planned().plan
+    (tmp_path / "report.json").write_bytes(
+        encode(profile_report({key: [11.0 - value[0]] for key, value in times.items()}))
+    )
+    slow = planned(profile=profile, tokens_per_s=1e9 / n_weights / 2)
+    looked_up = {plan.EMBEDDINGS} if plan.OUTPUT in base.shapes else set()
+    shares = dict.fromkeys(("IQ4_NL", "Q8_0", "F32"), 0)
+    for name, kind in slow.plan.items():
+        shares[kind] += 0 if name in looked_up else math.prod(base.shapes[name])
+    assert 0 < shares["Q8_0"] < 0.2 * shares["IQ4_NL"]
+    with pytest.raises(SlimpiError, match="ns"):
+        planned(profile=profile, tokens_per_s=1e9 / n_weights * 2)
+    with pytest.raises(SlimpiError, match=r"nothing\.json"):
+        planned(profile=str(tmp_path / "nothing.json"), tokens_per_s=1)
+    with pytest.raises(ValueError, match="go together"):
+        planned(profile=profile)
 
 
 @pytest.mark.parametrize(
