@@ -25,8 +25,8 @@ from pipeline.export.onnx import (
     export_encoder,
     make_variant,
     quantize_dynamic,
-    quantize_u8,
 )
+from pipeline.export.onnx_rewrite import quantize_u8
 from pipeline.tweets.head import read_rows, train_head
 
 LABELS = ["quiet", "alarm", "noise"]

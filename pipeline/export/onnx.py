@@ -20,10 +20,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, numpy_helper
 
 from device.schema import SlimpiError, write_atomic
 from pipeline.encoders import Encoder, load_encoder, quiet_transformers
+from pipeline.export import onnx_nbits
+from pipeline.export.onnx_rewrite import SCALE, ZERO_POINT, Rewriter
 
 Float32 = npt.NDArray[np.float32]
 UInt8 = npt.NDArray[np.uint8]
@@ -31,7 +33,6 @@ UInt8 = npt.NDArray[np.uint8]
 OPSET = 18
 MAX_PROTOBUF_BYTES = 2**31 - 2**20
 EXPORT_TOLERANCE = 1e-3
-_SCALE, _ZERO_POINT = ".scale", ".zero_point"
 
 
 @dataclass(frozen=True)
@@ -80,13 +81,18 @@ def make_variant(base: Path, out_dir: Path, variant: str) -> OnnxSummary:
         raise SlimpiError(f"{tokenizer} is missing. Export the encoder again.")
     out_dir.mkdir(parents=True, exist_ok=True)
     write_atomic(out_dir / "tokenizer.json", tokenizer.read_bytes())
-    ONNX_VARIANTS[variant](base, out_dir / "model.onnx")
+    if blockwise := onnx_nbits.parse(variant):
+        onnx_nbits.quantize_blockwise(_load(base), out_dir / "model.onnx", *blockwise)
+    else:
+        ONNX_VARIANTS[variant](base, out_dir / "model.onnx")
     return describe_onnx(out_dir / "model.onnx")
 
 
 def check_variant(variant: str) -> None:
-    if variant not in ONNX_VARIANTS:
-        raise SlimpiError(f"unknown ONNX variant {variant!r}. Known: {', '.join(ONNX_VARIANTS)}.")
+    if variant not in ONNX_VARIANTS and onnx_nbits.parse(variant) is None:
+        raise SlimpiError(
+            f"unknown ONNX variant {variant!r}. Known: {', '.join(ONNX_VARIANTS)}, and {onnx_nbits.help_text()}."
+        )
 
 
 def copy_fp32(fp32: Path, out: Path) -> Path:
@@ -102,7 +108,7 @@ def quantize_dynamic(fp32: Path, out: Path) -> Path:
     model = _load(fp32)
     if any(node.op_type == "MatMulInteger" for node in model.graph.node):
         raise SlimpiError(f"{fp32} is quantized already. Start from the FP32 export.")
-    rewriter = _Rewriter(model.graph)
+    rewriter = Rewriter(model.graph)
     rewriter.run()
     if not rewriter.rewritten:
         raise SlimpiError(f"{fp32} has no constant fp32 matrices to quantize. Start from the FP32 export.")
@@ -125,15 +131,18 @@ def describe_onnx(path: Path) -> OnnxSummary:
     """
     graph = _load(path).graph
     tensors = {tensor.name: tensor for tensor in graph.initializer}
-    linear = {n.input[1] for n in graph.node if n.op_type in ("MatMul", "Gemm", "MatMulInteger")}
+    blocks = {n.input[1]: {a.name: a.i for a in n.attribute} for n in graph.node if n.op_type == "MatMulNBits"}
+    linear = {n.input[1] for n in graph.node if n.op_type in ("MatMul", "Gemm", "MatMulInteger")} | blocks.keys()
     types: dict[str, str] = {}
     n_weights = n_linear = bits = linear_bits = 0
     for name, tensor in tensors.items():
         kind = _TYPE_NAMES.get(tensor.data_type)
         if kind is None or not tensor.dims or _is_overhead(name, tensors):
             continue
-        own_bits = _bits(tensor) + sum(_bits(tensors[name + s]) for s in (_SCALE, _ZERO_POINT) if name + s in tensors)
+        own_bits = _bits(tensor) + sum(_bits(tensors[name + s]) for s in (SCALE, ZERO_POINT) if name + s in tensors)
         count = int(np.prod(tensor.dims))
+        if block := blocks.get(name):
+            count, kind = block["N"] * block["K"], f"INT{block['bits']}_G{block['block_size']}"
         types[name] = kind
         n_weights, bits = n_weights + count, bits + own_bits
         if name in linear:
@@ -147,7 +156,7 @@ _TYPE_NAMES = {TensorProto.FLOAT: "FP32", TensorProto.UINT8: "U8", TensorProto.I
 
 
 def _is_overhead(name: str, tensors: dict[str, TensorProto]) -> bool:
-    return any(name.endswith(s) and name.removesuffix(s) in tensors for s in (_SCALE, _ZERO_POINT))
+    return any(name.endswith(s) and name.removesuffix(s) in tensors for s in (SCALE, ZERO_POINT))
 
 
 def _bits(tensor: TensorProto) -> int:
@@ -246,103 +255,3 @@ def _bare_tokenizer(tokenizer: Any) -> bytes:
     bare.no_padding()
     bare.no_truncation()
     return str(bare.to_str(pretty=True)).encode()
-
-
-# Dynamic INT8.
-
-
-def quantize_u8(weight: Float32, axis: int) -> tuple[UInt8, Float32, UInt8]:
-    """Codes, scales and zero points, one pair a slice along `axis`: weight ~ (codes - zero_point) * scale.
-
-    Affine rounding to nearest over [min(w, 0), max(w, 0)], so that zero is exact (Jacob et al. 2018, eq. 1).
-    """
-    low = np.minimum(weight.min(axis=1 - axis, keepdims=True), 0).astype(np.float64)
-    high = np.maximum(weight.max(axis=1 - axis, keepdims=True), 0).astype(np.float64)
-    scale = ((high - low) / 255).astype(np.float32)
-    scale[scale == 0] = 1.0
-    zero_point = np.rint(-low / scale).clip(0, 255)
-    codes = (np.rint(weight / scale) + zero_point).clip(0, 255)
-    return codes.astype(np.uint8), scale, zero_point.astype(np.uint8)
-
-
-_PLAIN_GEMM = {"alpha": 1.0, "beta": 1.0, "transA": 0}
-
-
-def _axis(node: onnx.NodeProto) -> int:
-    return next((a.i for a in node.attribute if a.name == "axis"), 0)
-
-
-class _Rewriter:
-    """Replaces a graph's products and lookups by their INT8 forms, each weight quantized once."""
-
-    def __init__(self, graph: onnx.GraphProto) -> None:
-        self.graph = graph
-        self.weights = {t.name: t for t in graph.initializer if len(t.dims) == 2 and t.data_type == TensorProto.FLOAT}
-        self.nodes: list[onnx.NodeProto] = []
-        self.rewritten: dict[str, str] = {}
-        self.activations: set[str] = set()
-
-    def run(self) -> None:
-        kept: list[onnx.NodeProto] = []
-        for node in self.graph.node:
-            if node.op_type in ("MatMul", "Gemm") and node.input[1] in self.weights:
-                self.product(node)
-            elif node.op_type == "Gather" and node.input[0] in self.weights and _axis(node) == 0:
-                self.lookup(node)
-            else:
-                self.nodes.append(node)
-                kept.append(node)
-        for node in kept:
-            if used := self.rewritten.keys() & set(node.input):
-                raise SlimpiError(f"{node.op_type} `{node.name}` needs {sorted(used)} in fp32. Use another encoder.")
-        del self.graph.node[:]
-        self.graph.node.extend(self.nodes)
-
-    def product(self, node: onnx.NodeProto) -> None:
-        """y = (x_codes @ w_codes, zero points taken off, in int32) * (x_scale * w_scale) + bias."""
-        settings = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-        transposed = bool(settings.pop("transB", 0))
-        if any(value != _PLAIN_GEMM.get(name) for name, value in settings.items()):
-            raise SlimpiError(f"Gemm `{node.name}` with {settings} has no INT8 form here. Use another encoder.")
-        x, weight, y = node.input[0], node.input[1], node.output[0]
-        self.quantize(weight, "product", axis=1, transposed=transposed)
-        if x not in self.activations:
-            self.activations.add(x)
-            self.add("DynamicQuantizeLinear", [x], f"{x}.codes", f"{x}{_SCALE}", f"{x}{_ZERO_POINT}")
-        self.add("MatMulInteger", [f"{x}.codes", weight, f"{x}{_ZERO_POINT}", f"{weight}{_ZERO_POINT}"], f"{y}.int32")
-        self.add("Cast", [f"{y}.int32"], f"{y}.float", to=TensorProto.FLOAT)
-        self.add("Mul", [f"{x}{_SCALE}", f"{weight}{_SCALE}"], f"{y}{_SCALE}")
-        biased = len(node.input) > 2
-        self.add("Mul", [f"{y}.float", f"{y}{_SCALE}"], f"{y}.product" if biased else y)
-        if biased:
-            self.add("Add", [f"{y}.product", node.input[2]], y)
-
-    def lookup(self, node: onnx.NodeProto) -> None:
-        """Rows of codes, zero points and scales, dequantized after the lookup: the table stays uint8 in memory."""
-        weight, ids, y = node.input[0], node.input[1], node.output[0]
-        self.quantize(weight, "lookup", axis=0, transposed=False)
-        for suffix in ("", _ZERO_POINT, _SCALE):
-            self.add("Gather", [f"{weight}{suffix}", ids], f"{y}.rows{suffix}", axis=0)
-        for suffix in ("", _ZERO_POINT):
-            self.add("Cast", [f"{y}.rows{suffix}"], f"{y}.float{suffix}", to=TensorProto.FLOAT)
-        self.add("Sub", [f"{y}.float", f"{y}.float{_ZERO_POINT}"], f"{y}.centred")
-        self.add("Mul", [f"{y}.centred", f"{y}.rows{_SCALE}"], y)
-
-    def quantize(self, name: str, role: str, axis: int, transposed: bool) -> None:
-        """Replace the weight by its codes, scales and zero points; a second use must be the same."""
-        use = f"{role} transposed={transposed}"
-        if self.rewritten.setdefault(name, use) != use:
-            raise SlimpiError(f"`{name}` is used both as {use} and {self.rewritten[name]}. Use another encoder.")
-        tensor = self.weights[name]
-        if tensor.data_type != TensorProto.FLOAT:
-            return
-        weight = numpy_helper.to_array(tensor)
-        codes, scale, zero_point = quantize_u8(weight.T if transposed else weight, axis)
-        if axis == 1:  # MatMulInteger wants one value a column, a lookup one row a row
-            scale, zero_point = scale[0], zero_point[0]
-        tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(codes), name))
-        self.graph.initializer.append(numpy_helper.from_array(scale, f"{name}{_SCALE}"))
-        self.graph.initializer.append(numpy_helper.from_array(zero_point, f"{name}{_ZERO_POINT}"))
-
-    def add(self, kind: str, inputs: list[str], *outputs: str, **settings: int) -> None:
-        self.nodes.append(helper.make_node(kind, inputs, outputs, name=f"{outputs[0]}/{kind}", **settings))
