@@ -247,9 +247,11 @@ def _plan(
     types = _types(context, spec)
     with context.progress.step("predict each matrix's divergence in each type") as tick:
         costs = predicted_costs.predicted_divergence(model, base, stats, felt, types, shop, tick)
+    gains = predicted_costs.gains(model, base, stats, spec.method, types, shop)
+    costs = predicted_costs.scaled(costs, gains)
     if spec.mib:  # of a budget in bits per linear weight the others are no part
-        costs |= predicted_costs.outer_costs(model, base, felt, types, replace(shop, outer_key=step.settings))
-    costs = predicted_costs.scaled(costs, predicted_costs.gains(model, base, stats, spec.method, types, shop))
+        outer = predicted_costs.outer_costs(model, base, felt, types, replace(shop, outer_key=step.settings))
+        costs |= predicted_costs.scaled(outer, gains) if METHODS[spec.method].outside else outer
     found, choice = best_plan(base, fixed, costs, budget, latency=_latency(context, base, costs))
     if choice.latency_ns is not None:
         context.progress.say(f"    products of a token: {choice.latency_ns / 1e6:.2f} ms predicted")
