@@ -96,6 +96,8 @@ def _prepare_gguf(context: Context) -> Prepared:
         context.places.stages, f"{recipe.name}-base", ["gguf-base", context.source.sha256], convert, progress.say
     )
     lineage = [Step(action="convert", source=context.source.spec, settings={"dtype": "auto (lossless)"})]
+    if any(v in _WITH_IMPORTANCE for v in recipe.variants):
+        _importance(context, base / "base.gguf")  # before any variant: a text that is no good is told at once
     notes = [f"the reference: {note}" for note in model.notes]
     return Prepared(base / "base.gguf", model.vocab.sha256(), lineage, notes)
 
