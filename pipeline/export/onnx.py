@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 from onnx import TensorProto, numpy_helper
 
@@ -26,9 +25,6 @@ from device.schema import SlimpiError, write_atomic
 from pipeline.encoders import Encoder, load_encoder, quiet_transformers
 from pipeline.export import onnx_nbits
 from pipeline.export.onnx_rewrite import SCALE, ZERO_POINT, Rewriter
-
-Float32 = npt.NDArray[np.float32]
-UInt8 = npt.NDArray[np.uint8]
 
 OPSET = 18
 MAX_PROTOBUF_BYTES = 2**31 - 2**20
