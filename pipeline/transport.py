@@ -35,6 +35,10 @@ OnLine = Callable[[bytes], None]
 LINK_FAILED = 255
 """ssh's exit code when the link failed; a remote program's own codes are passed through."""
 
+_RSYNC_LINK_FAILED = (10, 12, 14, 30, 35, LINK_FAILED)
+"""rsync's codes when the stream broke (which one depends on what it was doing: socket, protocol, its own pipe to
+ssh), timed out, or ssh failed."""
+
 STOP_GRACE_S = 10.0
 MAX_LINE_BYTES = 1 << 26
 STALLED_COPY_S = 60
@@ -205,8 +209,7 @@ def _push_rsync(
         place = f"{user}{at}[{name}]" if ":" in name else host.destination
         argv = [_tool("rsync"), *options, "-e", rsh, "--", f"{staging}/", f"{place}:{folder}/"]
         code, errors = _run(argv, b"", take, None, cancel, False)
-    # 12, 30, 35 and 255: the stream broke, timed out, or ssh failed.
-    return (LINK_FAILED if code in (12, 30, 35, LINK_FAILED) else code), errors, sent
+    return (LINK_FAILED if code in _RSYNC_LINK_FAILED else code), errors, sent
 
 
 def _for_rsync(word: str) -> str:

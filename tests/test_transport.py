@@ -220,6 +220,20 @@ def test_a_cut_copy_says_so_and_leaves_what_came(server: sshd.Server, tmp_path: 
     assert sum(sent.values()) < 200_000_000 - came + 5_000_000
 
 
+@pytest.mark.parametrize("code", [1, 2, 5, 10, 11, 12, 14, 20, 23, 24, 30, 35, 127, 255])
+def test_rsyncs_codes_for_a_broken_stream_are_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """Which one a cut gives is a matter of timing: socket I/O, protocol stream, IPC, timeouts, or ssh's own."""
+    program = tmp_path / "rsync"
+    program.write_text(f"#!/bin/sh\nexit {code}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(transport, "_tool", lambda name: str(program) if name == "rsync" else name)
+    monkeypatch.setattr(transport, "rsync_usable", lambda: True)
+    said, _, _ = push(LOCAL, parcels_of(tmp_path / "here", [1]), str(tmp_path), device_has_rsync=True)
+    assert said == (LINK_FAILED if code in {10, 12, 14, 30, 35, 255} else code)
+
+
 def test_without_rsync_here_tar_is_taken(linked: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parcels = parcels_of(tmp_path / "here", [1000])
     (tmp_path / "there").mkdir()
