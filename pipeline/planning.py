@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from pipeline import plan as plans
 from pipeline.calibration_stages import importance_matrix, output_sensitivity
 from pipeline.exporter import Context, Prepared
 from pipeline.formats import FORMATS
+from pipeline.gguf_file import is_gguf, read_gguf
 from pipeline.layers import Stats
 from pipeline.methods import METHODS
 from pipeline.plan_budgets import Budget, best_plan
@@ -61,12 +63,39 @@ def chosen_plan(
     if spec.mib:  # of a budget in bits per linear weight the others are no part
         outer = predicted_costs.outer_costs(model, base, felt, types, replace(shop, outer_key=step.settings))
         costs |= predicted_costs.scaled(outer, gains) if METHODS[spec.method].outside else outer
+    if context.recipe.plan.avoid_source_types:
+        costs = without(costs, source_types(context.source.path))
     found, choice = best_plan(base, fixed, costs, budget, latency=_latency(context, base, costs))
     if choice.latency_ns is not None:
         context.progress.say(f"    products of a token: {choice.latency_ns / 1e6:.2f} ms predicted")
     if not spec.mib:
         return Planned(found, [step])
     return Planned(found, [step], sensitivity.outer_stats(felt), step.settings)
+
+
+_HELD_BY = {
+    "Q4_0": ("Q4_0", "Q4_1", "Q5_0", "Q5_1"),
+    "Q4_1": ("Q4_1", "Q5_1"),
+    "Q5_0": ("Q5_0", "Q5_1"),
+    "Q4_K": ("Q4_K", "Q5_K"),
+}
+"""Types other than itself whose codes hold a type's values exactly."""
+
+
+def source_types(path: Path) -> dict[str, tuple[str, ...]]:
+    """{tensor: types that hold what it was} of a GGUF source; nothing of another."""
+    if not (path.is_file() and is_gguf(path)):
+        return {}
+    types = {name: tensor.type.name for name, tensor in read_gguf(path).tensors.items()}
+    return {name: _HELD_BY.get(kind, (kind,)) for name, kind in types.items()}
+
+
+def without(costs: plan_costs.Costs, types: Mapping[str, Sequence[str]]) -> plan_costs.Costs:
+    """SlimpiError if nothing is left of a tensor's choice."""
+    left = {name: {k: c for k, c in row.items() if k not in types.get(name, ())} for name, row in costs.items()}
+    if empty := [name for name, row in left.items() if not row]:
+        raise SlimpiError(f"{empty[0]} has no type left but those of its source. Name more types in [plan].")
+    return left
 
 
 def _latency(context: Context, base: plans.Base, costs: plan_costs.Costs) -> plan_costs.Costs | None:
