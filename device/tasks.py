@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from device import divergence, language, parity, profile, tweets
+from device.classifier import TOKENIZER
 from device.samples import Taken
 from device.schema import (
     Artifact,
@@ -26,8 +27,10 @@ from device.schema import (
     Tweets,
 )
 from device.wire import Request, Started
+from device.words import SPEC
 
-LM, CLASSIFIER = ("gguf", "lm"), ("onnx", "classifier")
+LM, ONNX_LM, CLASSIFIER = ("gguf", "lm"), ("onnx", "lm"), ("onnx", "classifier")
+LMS = (LM, ONNX_LM)
 
 
 @dataclass(frozen=True)
@@ -49,13 +52,13 @@ class TaskSpec:
 
 TASKS: Mapping[type[Task], TaskSpec] = MappingProxyType(
     {
-        Perplexity: TaskSpec((LM,), language.run_perplexity, language.summarize_perplexity),
-        Throughput: TaskSpec((LM,), language.run_throughput, language.summarize_throughput, timed=True),
+        Perplexity: TaskSpec(LMS, language.run_perplexity, language.summarize_perplexity),
+        Throughput: TaskSpec(LMS, language.run_throughput, language.summarize_throughput, timed=True),
         Tweets: TaskSpec((CLASSIFIER,), tweets.run_tweets, tweets.summarize_tweets, timed=True),
-        Parity: TaskSpec((LM, CLASSIFIER), parity.run_parity, parity.summarize_parity),
-        RecordGolden: TaskSpec((LM, CLASSIFIER), parity.run_record_golden, parity.summarize_record_golden),
-        RecordLogits: TaskSpec((LM,), divergence.run_record_logits, divergence.summarize_record_logits),
-        Divergence: TaskSpec((LM,), divergence.run_divergence, divergence.summarize_divergence),
+        Parity: TaskSpec((*LMS, CLASSIFIER), parity.run_parity, parity.summarize_parity),
+        RecordGolden: TaskSpec((*LMS, CLASSIFIER), parity.run_record_golden, parity.summarize_record_golden),
+        RecordLogits: TaskSpec(LMS, divergence.run_record_logits, divergence.summarize_record_logits),
+        Divergence: TaskSpec(LMS, divergence.run_divergence, divergence.summarize_divergence),
         Profile: TaskSpec((LM,), profile.run_profile, profile.summarize_profile, timed=True),
     }
 )
@@ -77,7 +80,16 @@ def check_fit(task: Task, artifact: Artifact) -> None:
         )
     if isinstance(task, Parity) and artifact.golden is None:
         raise SlimpiError(f"task parity needs golden outputs, {artifact.id} has none. Leave it out or build again.")
-    if have == CLASSIFIER and artifact.max_tokens < 1:
+    if have == CLASSIFIER:
+        check_classifier(artifact)
+    if have == ONNX_LM and TOKENIZER not in {file.path for file in artifact.files}:
+        raise SlimpiError(f"{artifact.id} has no {TOKENIZER} among its files. Build it again.")
+
+
+def check_classifier(artifact: Artifact) -> None:
+    """SlimpiError if a classifier lacks what its texts are read with; what the graph asks for is seen when it loads."""
+    files = {file.path for file in artifact.files}
+    if not files & {TOKENIZER, SPEC}:
+        raise SlimpiError(f"{artifact.id} has no {TOKENIZER} or {SPEC} among its files. Build it again.")
+    if TOKENIZER in files and artifact.max_tokens < 1:
         raise SlimpiError(f"{artifact.id} has max_tokens {artifact.max_tokens}, texts are cut there. Build it again.")
-    if have == CLASSIFIER and "tokenizer.json" not in {file.path for file in artifact.files}:
-        raise SlimpiError(f"{artifact.id} has no tokenizer.json among its files. Build it again.")

@@ -62,6 +62,8 @@ def read_calibration(text: Path, name: str, tokenizer: Path, max_tokens: int, n_
         lines = text.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise SlimpiError(f"cannot read the calibration text {text}: {error}. Name a UTF-8 text.") from error
+    if not tokenizer.is_file():
+        raise SlimpiError(f"{tokenizer} is missing: only encoders are calibrated. Take INT8-dynamic.")
     passages = [line.strip() for line in lines if line.strip()][: n_passages or N_PASSAGES]
     if not passages:
         raise SlimpiError(f"the calibration text {text} is empty. Name one with passages, one a line.")
