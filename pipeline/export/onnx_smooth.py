@@ -67,7 +67,7 @@ def treat(
 def _best(seen: Observed, weights: list[Float32], choices: Choices, after_gelu: bool) -> Treatment:
     """The alpha whose quantized product is nearest to the true one on the sample (relative squared error, summed)."""
     largest = np.maximum(np.maximum(-seen.low, seen.high), _LEAST)
-    n_kept = min(choices.n_kept, len(largest) // 8)
+    n_kept = min(choices.n_kept, len(largest) // 64)  # 1.6 % at most
     kept = tuple(sorted(np.argsort(-largest, kind="stable")[:n_kept].tolist()))
     candidates = []
     for alpha in choices.alphas:
