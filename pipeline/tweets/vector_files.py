@@ -108,9 +108,9 @@ def read_spacy(folder: Path, wanted: Wanted) -> Rows:
     matrix = _load_array(folder / "vectors")
     try:
         rows_by_hash = msgspec.msgpack.decode((folder / "key2row").read_bytes(), type=dict[int, int])
-        words = (
-            msgspec.json.decode((folder / "strings.json").read_bytes(), type=list[str]) if wanted is None else wanted
-        )
+        words = wanted
+        if words is None:  # no symbol's name is in strings.json
+            words = [*msgspec.json.decode((folder / "strings.json").read_bytes(), type=list[str]), *_SYMBOLS]
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise SlimpiError(f"{folder} is not a vocabulary of spaCy 3: {error}. Check the folder.") from error
     found = ((word, rows_by_hash.get(spacy_hash(word), -1)) for word in words)
@@ -122,7 +122,11 @@ def read_spacy(folder: Path, wanted: Wanted) -> Rows:
 
 _MASK = 2**64 - 1
 _FIRST_SYMBOL = 398
-_SYMBOLS = ["acomp", "advcl", "advmod", "agent", "amod", "appos", "attr", "aux", "auxpass", "cc", "ccomp", "complm", "conj", "cop", "csubj", "csubjpass", "dep", "det", "dobj", "expl", "hmod", "hyph", "infmod", "intj", "iobj", "mark", "meta", "neg", "nmod", "nn", "npadvmod", "nsubj", "nsubjpass", "num", "number", "oprd", "obj", "obl", "parataxis", "partmod", "pcomp", "pobj", "poss", "possessive", "preconj", "prep", "prt", "punct", "quantmod", "relcl", "rcmod", "root", "xcomp", "acl"]
+_SYMBOLS = """
+acomp advcl advmod agent amod appos attr aux auxpass cc ccomp complm conj cop csubj csubjpass dep det dobj expl hmod
+hyph infmod intj iobj mark meta neg nmod nn npadvmod nsubj nsubjpass num number oprd obj obl parataxis partmod pcomp pobj
+poss possessive preconj prep prt punct quantmod relcl rcmod root xcomp acl
+""".split()  # noqa: SIM905 - readable
 _SYMBOL_IDS = {name: number for number, name in enumerate(_SYMBOLS, start=_FIRST_SYMBOL)}
 
 
