@@ -8,7 +8,7 @@ the place of one of these is used as it is.
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from pipeline.progress import Progressor
 from pipeline.store import whole_folder
 
 TRAINED_LAYERS, EPOCHS, BATCH, PEAK_LR, WARM_UP = 2, 3, 32, 1e-4, 0.1
+HOW = f"MiniLM-L6's last {TRAINED_LAYERS} layers, pooler and head, {EPOCHS} epochs"
 LABELS = ["0", "1"]
 MAX_TOKENS = 96
 
@@ -40,11 +41,14 @@ def read_sst2(path: Path) -> Rows:
     return Rows([row[0].strip() for row in rows], [int(row[1]) for row in rows])
 
 
-def train_seeds(source: Path, rows: Rows, out: Path, seeds: range, progress: Progressor) -> list[Path]:
-    """Classifier folders out-SEED fine-tuned on `rows` from the BERT encoder in `source`; those that exist stay."""
+def train_seeds(
+    source: Path, read_rows: Callable[[], Rows], out: Path, seeds: range, progress: Progressor
+) -> list[Path]:
+    """Classifier folders out-SEED fine-tuned on the rows from the BERT encoder in `source`; those that exist stay."""
     folders = {seed: out.with_name(f"{out.name}-{seed}") for seed in seeds}
     missing = [seed for seed, folder in folders.items() if not (folder / "config.json").is_file()]
     if missing:
+        rows = read_rows()
         with progress.step(f"{out.name}: outputs of the frozen layers") as tick:
             hidden = []
             encoder = load_encoder(source, LABELS, MAX_TOKENS)

@@ -24,7 +24,7 @@ from onnx import TensorProto, numpy_helper
 from device.schema import SlimpiError, write_atomic
 from pipeline.encoders import Encoder, load_encoder, quiet_transformers
 from pipeline.export import onnx_int8, onnx_nbits
-from pipeline.export.onnx_observe import Calibration
+from pipeline.export.onnx_observe import Calibration, Observed
 from pipeline.export.onnx_rewrite import SCALE, ZERO_POINT, Rewriter
 from pipeline.export.onnx_static import DIVISOR, KEPT_INDEX, KEPT_ROWS
 from pipeline.progress import Tick, quiet
@@ -78,10 +78,16 @@ def export_encoder(model_dir: Path, out_dir: Path, labels: list[str], max_tokens
 
 
 def make_variant(
-    base: Path, out_dir: Path, variant: str, calibration: Calibration | None = None, tick: Tick = quiet
+    base: Path,
+    out_dir: Path,
+    variant: str,
+    calibration: Calibration | None = None,
+    tick: Tick = quiet,
+    seen: dict[str, Observed] | None = None,
 ) -> OnnxSummary:
     """Write `variant` of the fp32 file `base` to out_dir/model.onnx, with the tokenizer.json beside `base`.
 
+    `seen` keeps what was observed on the calibration text for the next variant of the same base.
     SlimpiError for an unknown variant, one that must be calibrated and is not, or a file that has no such form.
     """
     check_variant(variant)
@@ -94,7 +100,7 @@ def make_variant(
     if spec := onnx_int8.parse(variant):
         if calibration is None:
             raise SlimpiError(f"{variant} needs a calibration text. Name one in the recipe's [calibration].")
-        quantized = onnx_int8.quantize(_fresh(base), spec, calibration, tick=tick)
+        quantized = onnx_int8.quantize(_fresh(base), spec, calibration, seen=seen, tick=tick)
         write_atomic(out, quantized.model.SerializeToString())
         return replace(describe_onnx(out), notes=quantized.notes, facts=quantized.facts)
     if blockwise := onnx_nbits.parse(variant):

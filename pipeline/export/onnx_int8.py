@@ -83,9 +83,11 @@ def quantize(
     tick: Tick = quiet,
 ) -> Quantized:
     """The fp32 `model` as `spec` says. `slow`: names of weights whose products stay fp32 since INT8 was measured to be
-    slower there; `seen`: what `observe` gave, if it is known."""
+    slower there; `seen`: what `observe` gave; filled if it is empty."""
     found = products(model.graph)
-    seen = seen or observe(model, list(dict.fromkeys(p.x for p in found)), calibration, tick=tick)
+    seen = {} if seen is None else seen
+    if not seen:
+        seen |= observe(model, list(dict.fromkeys(p.x for p in found)), calibration, tick=tick)
     plan, arithmetic = PLANS[spec.plan], ARITHMETICS[spec.arithmetic]
     choices = Choices(arithmetic, spec.per_channel, spec.ranges, plan.alphas, plan.n_kept)
     treatments = treat(model.graph, found, seen, choices)
