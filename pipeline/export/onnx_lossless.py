@@ -22,11 +22,12 @@ N_FELT_PASSAGES = 48
 
 def divergence(reference: Float32, logits: Float32) -> float:
     """Mean KL(softmax(reference) || softmax(logits)) over rows (n, n_labels), in nats."""
-    p, q = _log_softmax(reference), _log_softmax(logits)
+    p, q = log_softmax(reference), log_softmax(logits)
     return float((np.exp(p) * (p - q)).sum(axis=1).mean())
 
 
-def _log_softmax(logits: Float32) -> np.ndarray:
+def log_softmax(logits: Float32) -> np.ndarray:
+    """Over the last of two axes, in float64."""
     shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
 

@@ -90,6 +90,11 @@ def batches(calibration: Calibration, inputs: list[str]) -> list[Feeds]:
     return made
 
 
+def in_batches(calibration: Calibration) -> list[int]:
+    """The order of texts in `batches`: by length, of one length as they come."""
+    return sorted(range(len(calibration.encodings)), key=lambda i: len(calibration.encodings[i].ids))
+
+
 def open_session(model: onnx.ModelProto | bytes, threads: int = 0) -> Any:
     """A session whose integer products are exact on every CPU (`x64quantprecision`: FACTS of x86 without VNNI)."""
     import onnxruntime
@@ -103,7 +108,7 @@ def open_session(model: onnx.ModelProto | bytes, threads: int = 0) -> Any:
 
 
 def logits_of(model: onnx.ModelProto | bytes, calibration: Calibration) -> Float32:
-    """(n_passages, n_labels) logits, in the order of lengths."""
+    """(n_passages, n_labels) logits, in the order of `in_batches`."""
     session = open_session(model)
     feeds = batches(calibration, [entry.name for entry in session.get_inputs()])
     return np.concatenate([session.run(["logits"], feed)[0] for feed in feeds])
