@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from device.schema import SlimpiError
 from pipeline.export import onnx_int8
 from pipeline.export.onnx import check_variant, describe_onnx, export_encoder, make_variant
+from pipeline.export.onnx_bits import matrices
 from pipeline.export.onnx_lossless import divergence, frontier, stay_fp32
 from pipeline.export.onnx_observe import Calibration, Observed, observe, open_session, read_calibration
 from pipeline.export.onnx_ranges import RANGES
@@ -51,7 +52,7 @@ VARIANTS = [
 WORST = {"INT8-static-tensor": 0.3}  # of the logits' norm; what is quantized more coarsely may be further off
 
 
-@pytest.fixture(scope="module", params=TINY)
+@pytest.fixture(scope="module", params=[*TINY, "xlnet"])
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(request.param)
     save_encoder(request.param, folder / "hf", len(LABELS))
@@ -76,8 +77,7 @@ def test_variants_run_and_stay_close(exported: Path, calibration: Calibration, t
     assert (summary.n_weights, summary.n_linear_weights) == (base.n_weights, base.n_linear_weights)
     small = {name for name, kind in summary.types.items() if kind != "FP32"}
     stayed = set(summary.facts.get("fp32", []))
-    matrices = {t.name for t in onnx.load(exported / "model.onnx").graph.initializer if len(t.dims) == 2}
-    assert small == matrices - stayed
+    assert small == set(matrices(onnx.load(exported / "model.onnx"))) - stayed
     assert summary.facts["int8_weights"] >= 0.95
     assert summary.facts["int8_activations"] >= 0.95
     assert summary.notes[0].startswith("INT8: ")
