@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+import tweets_ablation
 
 from device.schema import SlimpiError
 from device.text import STEPS
@@ -144,6 +145,19 @@ def test_ablation_of_a_small_table_and_going_on(tmp_path: Path, monkeypatch: pyt
     out.write_text("{}")
     with pytest.raises(SlimpiError, match="is not a result of this benchmark"):
         ablate(table, out, [0])
+
+
+def test_the_benchmarks_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setenv("SLIMPI_HOME", str(tmp_path))
+    monkeypatch.setattr(ablation, "VARIANTS", {REFERENCE: Variant()})
+    rows = str(write_tweets(tmp_path / "t.csv"))
+    assert tweets_ablation.main(["--rows", rows, "--seeds", "1", "--machine", "here"]) == 0
+    out = tmp_path / "benchmarks" / "results" / "here" / "tweets_ablation.json"
+    result = msgspec.json.decode(out.read_bytes(), type=Ablation)
+    assert (result.n_rows, result.n_folds, result.seeds, len(result.rows)) == (60, 5, [0], 1)
+    assert as_markdown(result) in capsys.readouterr().out
+    assert tweets_ablation.main(["--rows", "absent.csv", "--machine", "here"]) == 1
+    assert "tweets_ablation: cannot read absent.csv" in capsys.readouterr().err
 
 
 def test_markdown() -> None:
