@@ -162,5 +162,7 @@ def test_the_benchmarks_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 
 def test_markdown() -> None:
     row = Row("without urls", 0.78, 0.001, 0.7, 0.002, -1.25, -1.5, -1.0)
-    text = as_markdown(Ablation(corpus="t", corpus_sha256="0", n_rows=1, n_groups=1, n_folds=5, seeds=[0], rows=[row]))
+    text = as_markdown(
+        Ablation(corpus="t", corpus_sha256="0", code_sha256="0", n_rows=1, n_groups=1, n_folds=5, seeds=[0], rows=[row])
+    )
     assert text.splitlines()[-1] == "| without urls | 78.00 ± 0.10 | 70.00 ± 0.20 | -1.25 [-1.50, -1.00] |"

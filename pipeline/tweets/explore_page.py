@@ -28,8 +28,10 @@ def page(found: Exploration) -> str:
         if biases:
             title = f"{field.capitalize()}: the {len(biases)} commonest of {found.n_values[field]:,}"
             sections.append((title, _BIAS_NOTE if biases[0].n_disasters is not None else "", _biases(found, biases)))
-    note = "Computed on the text as it came. AUC: how often a disaster has the larger value."
-    sections.append(("Numeric features", note if len(found.n_by_class) == 2 else "", _features(found.features)))
+    note = "Computed on the text as it came; the last bar holds what is beyond the 99th percentile."
+    if len(found.n_by_class) == 2:
+        note += " AUC: how often a disaster has the larger value."
+    sections.append(("Numeric features", note, _features(found.features)))
     body = []
     for number, (title, note, figure) in enumerate(sections):
         body += [f"<h2>{escape(title)}</h2>", f"<p>{escape(note)}</p>" if note else ""]
@@ -49,7 +51,7 @@ def _balance(found: Exploration) -> Any:
         shares = [f"{n:,} ({n / found.n:.1%})" for n in counts.values()]
         bar = go.Bar(x=list(counts), y=list(counts.values()), text=shares, marker_color=colours, showlegend=False)
         figure.add_trace(bar, row=1, col=place)
-    return figure.update_layout(template="plotly_white", height=360)
+    return figure.update_layout(template="plotly_white", height=320, margin_t=50)
 
 
 def _biases(found: Exploration, biases: Sequence[Bias]) -> Any:
@@ -72,7 +74,9 @@ def _biases(found: Exploration, biases: Sequence[Bias]) -> Any:
         figure.add_vline(x=found.n_by_class["disaster"] / found.n, line_dash="dot")
         figure.update_xaxes(title_text="share of disasters", range=[-0.02, 1.02])
     figure.update_yaxes(autorange="reversed", type="category")
-    return figure.update_layout(template="plotly_white", height=120 + 24 * min(len(biases), N_TOP), margin_l=220)
+    return figure.update_layout(
+        template="plotly_white", height=90 + 24 * min(len(biases), N_TOP), margin_l=220, margin_t=20
+    )
 
 
 def _label(bias: Bias, rank: int) -> str:
@@ -95,7 +99,7 @@ def _features(features: Sequence[Feature]) -> Any:
             )  # fmt: skip
             figure.add_trace(bar, row=row, col=1)
         figure.update_yaxes(title_text="share of class", row=row, col=1)
-    return figure.update_layout(template="plotly_white", barmode="overlay", height=260 * len(features))
+    return figure.update_layout(template="plotly_white", barmode="overlay", height=240 * len(features), margin_t=50)
 
 
 def _edges(feature: Feature) -> Any:
