@@ -148,6 +148,18 @@ def test_predict_command(word_artifact: Path, tmp_path: Path) -> None:
     assert (tmp_path / "u").read_bytes() == (tmp_path / "s.csv").read_bytes()
 
 
+def test_predict_answers_odd_tweets(word_artifact: Path, tmp_path: Path) -> None:
+    """Empty, blank, of 10,000 characters, emoji, a line feed within: each row gets its answer."""
+    odd = ["", "  ", "fire " * 2_000, "🔥🔥", "two\nlines", '"quoted", and more']
+    with (tmp_path / "odd.csv").open("w", encoding="utf-8", newline="") as out:
+        csv.writer(out).writerows([["id", "text"], *enumerate(odd)])
+    code, _, _ = run("predict", word_artifact, tmp_path / "odd.csv", "--submission", tmp_path / "s.csv")
+    assert code == 0
+    rows = list(csv.DictReader((tmp_path / "s.csv").open(encoding="utf-8")))
+    assert [row["id"] for row in rows] == [str(i) for i in range(len(odd))]
+    assert {row["target"] for row in rows} <= {"0", "1"}
+
+
 def test_predict_refuses_and_writes_nothing(word_artifact: Path, tmp_path: Path) -> None:
     out, rows = tmp_path / "s.csv", table(tmp_path / "t.csv")
     manifest = json.loads((word_artifact / "manifest.json").read_bytes())
