@@ -178,7 +178,7 @@ class _Static(Rewriter):
 
     def weight(self, name: str, transposed: bool, treatment: Treatment) -> str:
         """The dequantized weight's name; the weight becomes codes."""
-        use = f"product transposed={transposed} {treatment.kept} {_key(treatment.divisor)}"
+        use = f"product transposed={transposed} {treatment.kept} {_key(treatment.divisor)!r}"
         if self.rewritten.setdefault(name, use) != use:
             raise SlimpiError(f"`{name}` is used both as {use} and {self.rewritten[name]}. Use another encoder.")
         if f"{name}{SCALE}" in self.names:
