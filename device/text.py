@@ -11,15 +11,14 @@ import string
 import unicodedata
 from collections.abc import Callable, Collection, Sequence
 
-URL = re.compile(r"https?://\S+|www\.\S+", re.IGNORECASE)
+URL = re.compile(r"https?://\S+|\bwww\.\S+", re.IGNORECASE)
 MENTION = re.compile(r"(?<!\w)@\w+")
 HASHTAG = re.compile(r"(?<!\w)#(\w+)")
 NUMBER = re.compile(r"(?<![^\W_])\d+(?:[.,:]\d+)*")
 ELONGATED = re.compile(r"\b\w*?([^\W\d_])\1{2,}\w*")
-WORD = re.compile(r"[\w']+|[^\w\s]")
+WORD = re.compile(r"\w+(?:'\w+)*|[^\w\s]")
 _LONG_RUN = re.compile(r"([^\W\d_])\1{2,}")
 _END_RUN = re.compile(r"([^\W\d_])\1+$")
-_HUMP = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 _NOT_WORD = re.compile(r"[^\w\s]|_")
 _PUNCTUATION = frozenset(string.punctuation)
 
@@ -48,8 +47,20 @@ def shorten_elongated(text: str) -> str:
 
 
 def split_hashtags(text: str) -> str:
-    """#CaliforniaWildFire -> California Wild Fire, by its capitals; a tag of one case keeps its word."""
-    return HASHTAG.sub(lambda tag: " " + " ".join(_HUMP.findall(tag[1]) or [tag[1]]) + " ", text)
+    """#CaliforniaWildFire -> California Wild Fire, by its capitals, numbers and underscores, in any script; a tag of
+    one case keeps its word."""
+    return HASHTAG.sub(lambda tag: f" {_split_humps(tag[1])} ", text)
+
+
+def _split_humps(tag: str) -> str:
+    """BBCNews2015_live -> BBC News 2015 live. A character's own case decides, so that letters beyond ASCII stay."""
+    out = ""
+    for i, c in enumerate(tag):
+        before, after = tag[i - 1 : i], tag[i + 1 : i + 2]
+        hump = c.isupper() and (before.islower() or (before.isupper() and after.islower()))
+        number = bool(before) and c.isdecimal() != before.isdecimal()
+        out += " " if c == "_" else f" {c}" if hump or number else c
+    return out
 
 
 def drop_punctuation(text: str) -> str:
@@ -80,7 +91,7 @@ def clean(text: str, steps: Sequence[str]) -> str:
 
 
 def split_words(text: str, stopwords: Collection[str] = ()) -> list[str]:
-    """Words (letters, digits, apostrophes) and single other characters, without the stopwords."""
+    """Words (letters, digits, apostrophes inside) and single other characters, without the stopwords."""
     return [word for word in WORD.findall(text) if word.lower() not in stopwords]
 
 

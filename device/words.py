@@ -12,8 +12,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import unquote
 
 import msgspec
 import numpy as np
@@ -53,10 +56,35 @@ class WordSpec(Record, frozen=True, kw_only=True):
             raise ValueError(f"unknown step or number {wrong[0]!r}; known: {', '.join([*STEPS, *NUMBERS])}")
         if len(self.vocabulary) < 2:
             raise ValueError("the vocabulary needs padding and <UNK> at least")
+        keywords = [plain_keyword(keyword) for keyword in self.keywords]
+        for name, entries in (("vocabulary", self.vocabulary[UNKNOWN + 1 :]), ("keywords", keywords)):
+            if twice := next((entry for entry, n in Counter(entries).items() if n > 1), None):
+                raise ValueError(f"`{name}` has {twice[:40]!r} twice: which row is meant?")
+
+
+def plain_keyword(keyword: str) -> str:
+    """Kaggle's keywords are percent-encoded, `car%20crash`; a user may write `car crash`."""
+    return unquote(keyword).strip()
 
 
 def read_spec(folder: Path) -> WordSpec:
     return read_record(folder / SPEC, WordSpec)
+
+
+@dataclass(frozen=True)
+class ReadText:
+    """A text, cleaned and split once, whatever a graph then asks of it."""
+
+    reader: WordReader
+    text: Text
+
+    @cached_property
+    def words(self) -> list[str]:
+        return self.reader.words(self.text.text)
+
+    @cached_property
+    def terms(self) -> Counter[int]:
+        return self.reader.count_terms(self.words)
 
 
 class WordReader:
@@ -65,44 +93,54 @@ class WordReader:
     def __init__(self, spec: WordSpec) -> None:
         self.spec = spec
         self._ids = {word: i for i, word in enumerate(spec.vocabulary) if i > UNKNOWN}
-        self._keywords = {word: i for i, word in enumerate(spec.keywords, start=1)}
+        self._keywords = {plain_keyword(word): i for i, word in enumerate(spec.keywords, start=1)}
         self._stopwords = frozenset(spec.stopwords)
 
     def words(self, text: str) -> list[str]:
         """The cleaned words of a text, at most max_words."""
         return split_words(clean(text, self.spec.steps), self._stopwords)[: self.spec.max_words]
 
-    def feeds(self, texts: Sequence[Text], inputs: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
-        """The named inputs of one batch. SlimpiError for a name not in INPUTS."""
-        if unknown := set(inputs) - INPUTS.keys():
-            raise SlimpiError(f"the model wants unknown inputs {sorted(unknown)}. Known: {', '.join(INPUTS)}.")
-        return {name: INPUTS[name](self, texts) for name in inputs}
-
-    def word_ids(self, texts: Sequence[Text]) -> npt.NDArray[np.int64]:
-        return _padded([[self._ids.get(w, UNKNOWN) for w in self.words(t.text)] for t in texts], np.int64)
-
-    def keyword_ids(self, texts: Sequence[Text]) -> npt.NDArray[np.int64]:
-        return np.array([self._keywords.get(t.keyword.strip(), 0) for t in texts], np.int64)
-
-    def numbers(self, texts: Sequence[Text]) -> npt.NDArray[np.float32]:
-        rows = [[NUMBERS[name](t.text) for name in self.spec.numbers] for t in texts]
-        return np.array(rows, np.float32).reshape(len(texts), len(self.spec.numbers))
-
     def terms(self, text: str) -> Counter[int]:
         """Counts of the vocabulary's n-grams; others are left out."""
-        words = self.words(text)
+        return self.count_terms(self.words(text))
+
+    def count_terms(self, words: Sequence[str]) -> Counter[int]:
+        """`terms` of words that are cleaned and cut already."""
         spans = range(1, self.spec.ngrams + 1)
-        grams = [" ".join(words[i : i + n]) for n in spans for i in range(len(words) - n + 1)]
+        grams = (" ".join(words[i : i + n]) for n in spans for i in range(len(words) - n + 1))
         return Counter(self._ids[gram] for gram in grams if gram in self._ids)
 
-    def term_ids(self, texts: Sequence[Text]) -> npt.NDArray[np.int64]:
-        return _padded([list(self.terms(t.text)) for t in texts], np.int64)
+    def read(self, texts: Sequence[Text]) -> list[ReadText]:
+        return [ReadText(self, text) for text in texts]
 
-    def term_counts(self, texts: Sequence[Text]) -> npt.NDArray[np.float32]:
-        return _padded([list(self.terms(t.text).values()) for t in texts], np.float32)
+    def feeds(self, texts: Sequence[Text], inputs: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
+        """The named inputs of one batch. SlimpiError for a name not in INPUTS."""
+        return self.feeds_of(self.read(texts), inputs)
+
+    def feeds_of(self, batch: Sequence[ReadText], inputs: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
+        """`feeds` of texts that are read already."""
+        if unknown := set(inputs) - INPUTS.keys():
+            raise SlimpiError(f"the model wants unknown inputs {sorted(unknown)}. Known: {', '.join(INPUTS)}.")
+        return {name: INPUTS[name](self, batch) for name in inputs}
+
+    def word_ids(self, batch: Sequence[ReadText]) -> npt.NDArray[np.int64]:
+        return _padded([[self._ids.get(word, UNKNOWN) for word in read.words] for read in batch], np.int64)
+
+    def keyword_ids(self, batch: Sequence[ReadText]) -> npt.NDArray[np.int64]:
+        return np.array([self._keywords.get(plain_keyword(read.text.keyword), 0) for read in batch], np.int64)
+
+    def numbers(self, batch: Sequence[ReadText]) -> npt.NDArray[np.float32]:
+        rows = [[NUMBERS[name](read.text.text) for name in self.spec.numbers] for read in batch]
+        return np.array(rows, np.float32).reshape(len(batch), len(self.spec.numbers))
+
+    def term_ids(self, batch: Sequence[ReadText]) -> npt.NDArray[np.int64]:
+        return _padded([list(read.terms) for read in batch], np.int64)
+
+    def term_counts(self, batch: Sequence[ReadText]) -> npt.NDArray[np.float32]:
+        return _padded([list(read.terms.values()) for read in batch], np.float32)
 
 
-INPUTS: dict[str, Callable[[WordReader, Sequence[Text]], npt.NDArray[Any]]] = {
+INPUTS: dict[str, Callable[[WordReader, Sequence[ReadText]], npt.NDArray[Any]]] = {
     "word_ids": WordReader.word_ids,
     "keyword_ids": WordReader.keyword_ids,
     "numbers": WordReader.numbers,
@@ -113,7 +151,7 @@ INPUTS: dict[str, Callable[[WordReader, Sequence[Text]], npt.NDArray[Any]]] = {
 
 def _padded(rows: Sequence[Sequence[float]], dtype: Any) -> npt.NDArray[Any]:
     """(rows, longest), zeros behind; one column at least, so that an empty text is one padding."""
-    out: npt.NDArray[Any] = np.zeros((len(rows), max(1, *(len(row) for row in rows))), dtype)
+    out: npt.NDArray[Any] = np.zeros((len(rows), max([1, *map(len, rows)])), dtype)
     for i, row in enumerate(rows):
         out[i, : len(row)] = row
     return out

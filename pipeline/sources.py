@@ -282,6 +282,7 @@ DATASETS = {
     "tweets-train": NamedDataset(
         "tweets/train.csv", "61111c6dc31eaffa34d1e1fa62e2395325c9bc3b38bba1941a5f1ed9b3fa60df"
     ),
+    "tweets-test": NamedDataset("tweets/test.csv", "33375dc852696331c5ad30d078ea4d20e357b74052be6225fecc2a2b0f468bd2"),
 }
 
 

@@ -11,6 +11,7 @@ import pytest
 
 REPO = Path(__file__).resolve().parent.parent
 RUNTIMES = {"llama_cpp", "onnxruntime"}
+PURE = ("device.schema", "device.text", "device.words")
 DEVICE_MAY = {"device", "msgspec", "numpy", "psutil", "tokenizers"} | RUNTIMES | sys.stdlib_module_names
 
 
@@ -47,8 +48,15 @@ def test_device_imports_only_what_the_pi_has(path: Path) -> None:
 @pytest.mark.parametrize("path", files("pipeline"), ids=lambda p: p.name)
 def test_pipeline_knows_only_the_contract_of_device(path: Path) -> None:
     names = {name for name in imported(path) if name.split(".")[0] == "device"}
-    outside = {name for name in names - {"device"} if not name.startswith("device.schema")}
+    outside = {name for name in names - {"device"} if not name.startswith(PURE)}
     assert not outside
+
+
+@pytest.mark.parametrize("module", PURE)
+def test_what_pipeline_knows_of_device_is_pure(module: str) -> None:
+    names = imported(REPO / f"{module.replace('.', '/')}.py")
+    assert not {name for name in names if name.startswith("device.") and not name.startswith(PURE)}
+    assert not roots(names) & (RUNTIMES | {"tokenizers", "psutil"})
 
 
 def test_the_walk_sees_forbidden_imports(tmp_path: Path) -> None:
