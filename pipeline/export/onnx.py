@@ -60,11 +60,10 @@ def export_encoder(model_dir: Path, out_dir: Path, labels: list[str], max_tokens
     if n_bytes > MAX_PROTOBUF_BYTES:
         raise SlimpiError(f"{model_dir} has {n_bytes} bytes of fp32 weights; an ONNX file holds less than 2 GiB.")
     out_dir.mkdir(parents=True, exist_ok=True)
-    model = _exported(encoder)
-    _name_weights(model, encoder.model.state_dict())
+    model = exported(encoder)
     data = model.SerializeToString()
     _compare(data, encoder, max_tokens)
-    write_atomic(out_dir / "tokenizer.json", _bare_tokenizer(encoder.tokenizer))
+    write_atomic(out_dir / "tokenizer.json", bare_tokenizer(encoder.tokenizer))
     write_atomic(out_dir / "model.onnx", data)
     return out_dir / "model.onnx"
 
@@ -176,19 +175,20 @@ def _load(path: Path) -> onnx.ModelProto:
 # Export.
 
 
-def _exported(encoder: Encoder) -> onnx.ModelProto:
+def exported(encoder: Encoder, task: str = "text-classification") -> onnx.ModelProto:
+    """The model as optimum exports it for a task ("feature-extraction" of a body), weights under their own names."""
     from optimum.exporters.onnx import onnx_export_from_model
 
     with tempfile.TemporaryDirectory(prefix="slimpi-onnx-") as scratch, _to_stderr(), quiet_transformers():
         encoder.model.config._name_or_path = scratch  # optimum copies what it finds at that path; there is nothing
         try:
-            onnx_export_from_model(
-                encoder.model, Path(scratch), task="text-classification", opset=OPSET, do_validation=False
-            )
+            onnx_export_from_model(encoder.model, Path(scratch), task=task, opset=OPSET, do_validation=False)
         except (ValueError, KeyError, NotImplementedError) as error:
             kind = encoder.model.config.model_type
             raise SlimpiError(f"optimum cannot export a {kind} classifier: {error}. Use another encoder.") from error
-        return onnx.load(Path(scratch) / "model.onnx")
+        model = onnx.load(Path(scratch) / "model.onnx")
+    _name_weights(model, encoder.model.state_dict())
+    return model
 
 
 @contextlib.contextmanager
@@ -218,7 +218,7 @@ def _compare(data: bytes, encoder: Encoder, max_tokens: int) -> None:
     import onnxruntime
     import torch
 
-    session = onnxruntime.InferenceSession(data, _one_thread(), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(data, one_thread(), providers=["CPUExecutionProvider"])
     names = [entry.name for entry in session.get_inputs()]
     rng = np.random.default_rng(0)
     for batch, length in ((1, max_tokens), (3, max(3, max_tokens // 2))):
@@ -234,7 +234,7 @@ def _compare(data: bytes, encoder: Encoder, max_tokens: int) -> None:
             raise SlimpiError(f"the ONNX export of this {kind} is off by {worst:.3g}. Use another encoder.")
 
 
-def _one_thread() -> Any:
+def one_thread() -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -243,7 +243,7 @@ def _one_thread() -> Any:
     return options
 
 
-def _bare_tokenizer(tokenizer: Any) -> bytes:
+def bare_tokenizer(tokenizer: Any) -> bytes:
     """tokenizer.json without padding or truncation: the device cuts at max_tokens and pads to its batch."""
     import tokenizers
 

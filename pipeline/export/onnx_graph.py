@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
+import onnx.compose
 from onnx import TensorProto, helper, numpy_helper
 
-from device.words import UNKNOWN, WordSpec
+from device.words import UNKNOWN, WordSpec, plain_keyword
 
 OPSET = 18
 IR_VERSION = 10
@@ -83,8 +84,8 @@ class Graph:
         assert self.spec is not None
         if tuple(keywords) == self.spec.keywords:
             return self.input("keyword_ids")
-        own = {word: i for i, word in enumerate(keywords, start=1)}
-        rows = [0] + [own.get(word, 0) for word in self.spec.keywords]
+        own = {plain_keyword(word): i for i, word in enumerate(keywords, start=1)}
+        rows = [0] + [own.get(plain_keyword(word), 0) for word in self.spec.keywords]
         return self.add("Gather", [self.constant(np.array(rows, np.int64)), self.input("keyword_ids")], axis=0)
 
     def numbers(self, names: Sequence[str]) -> str:
@@ -101,7 +102,8 @@ class Graph:
 
     def embed(self, model: onnx.ModelProto, output: str, prefix: str) -> str:
         """Append another model's nodes and constants under a prefix; the new name of its output."""
-        inner = onnx.compose.add_prefix(model, prefix, rename_inputs=False, rename_outputs=True)
+        rename = {"rename_inputs": False, "rename_outputs": True}
+        inner = onnx.compose.add_prefix(model, prefix, **rename)
         for value in inner.graph.input:
             self.input(value.name)
         self.nodes.extend(inner.graph.node)

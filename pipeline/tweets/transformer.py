@@ -21,6 +21,7 @@ import torch
 from device.schema import SlimpiError
 from pipeline.encoders import Encoder, encode_batch, load_encoder
 from pipeline.progress import Tick, quiet
+from pipeline.tweets.batches import length_batches
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -100,8 +101,18 @@ def tune_encoder(
     ids = [encoder.tokenizer(t, truncation=True, max_length=max_tokens)["input_ids"] for t in texts]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        losses, best = _loop(encoder, texts, targets, [len(i) for i in ids], validation, max_tokens, settings, chosen,
-                             np.random.default_rng(seed), progress)
+        losses, best = _loop(
+            encoder,
+            texts,
+            targets,
+            [len(i) for i in ids],
+            validation,
+            max_tokens,
+            settings,
+            chosen,
+            np.random.default_rng(seed),
+            progress,
+        )
     model.load_state_dict(best[1])
     return FineTuned(Encoder(model.to("cpu").eval(), encoder.tokenizer, ()), tuple(losses), best[0], tuple(chosen))
 
@@ -128,7 +139,9 @@ def _loop(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, max(0.0, (total - step) / max(1, total - warmup)))
     )
-    check_at = {round(per_epoch * (i + 1) / settings.evaluations_per_epoch) for i in range(settings.evaluations_per_epoch)}
+    check_at = {
+        round(per_epoch * (i + 1) / settings.evaluations_per_epoch) for i in range(settings.evaluations_per_epoch)
+    }
     losses: list[float] = []
     best: tuple[int, dict[str, torch.Tensor]] = (0, {})
     done = 0
@@ -168,14 +181,6 @@ def _step(
     loss.backward()
     torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
     optimizer.step()
-
-
-def length_batches(lengths: Sequence[int], batch_size: int, rng: np.random.Generator) -> list[npt.NDArray[np.int64]]:
-    """Indices of each batch in random order: texts of like length together, ties and neighbours drawn by rng."""
-    noisy = np.asarray(lengths) + rng.uniform(-2, 2, len(lengths))
-    order = np.argsort(noisy)
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    return [batches[i] for i in rng.permutation(len(batches))]
 
 
 def encoder_logits(encoder: Encoder, texts: Sequence[str], max_tokens: int) -> FloatArray:
@@ -236,9 +241,7 @@ def choose_components(model: Any, trained: str) -> dict[str, list[torch.nn.Param
     return {name: known[name] for name in known if name in names}
 
 
-def _groups(
-    model: Any, chosen: dict[str, list[torch.nn.Parameter]], settings: FineTuning
-) -> list[dict[str, Any]]:
+def _groups(model: Any, chosen: dict[str, list[torch.nn.Parameter]], settings: FineTuning) -> list[dict[str, Any]]:
     """Optimizer groups: rates fall towards the input, biases and norms (vectors) do not decay."""
     depth = {name: i for i, name in enumerate(reversed(components(model)))}
     return [

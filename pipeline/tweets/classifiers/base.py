@@ -60,12 +60,13 @@ class Trained(Protocol):
 
 @dataclass(frozen=True)
 class Job:
-    """What a classifier is trained from: labelled tweets, others that tell when to stop, and the source of its vectors
-    or weights (a path, empty for classifiers that need none)."""
+    """What a classifier is trained from: labelled tweets, others that tell when to stop, the folder of its encoder if it
+    has one, and where word vectors are kept."""
 
     tweets: Sequence[Tweet]
     validation: Sequence[Tweet]
     source: Path | None
+    cache: Path
     seed: int
     progress: Tick
 
@@ -89,7 +90,9 @@ def labels(tweets: Sequence[Tweet]) -> IntArray:
 
 def count_words(settings: WordSettings, tweets: Sequence[Tweet]) -> Counter[str]:
     """How often each cleaned word occurs."""
-    reader = WordReader(WordSpec(steps=settings.steps, vocabulary=[PADDING_WORD, UNKNOWN_WORD], max_words=settings.max_words))
+    reader = WordReader(
+        WordSpec(steps=settings.steps, vocabulary=[PADDING_WORD, UNKNOWN_WORD], max_words=settings.max_words)
+    )
     return Counter(word for tweet in tweets for word in reader.words(tweet.text))
 
 

@@ -1,0 +1,151 @@
+"""Classifiers on a Hugging Face encoder: fine-tuned as a whole or in part, or frozen under a logistic regression."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from device.schema import SlimpiError
+from device.words import WordSpec
+from pipeline.encoders import Encoder, encode_batch, load_encoder
+from pipeline.export import onnx
+from pipeline.export.onnx_graph import Graph
+from pipeline.tweets.classifiers.base import Classifier, FloatArray, Job, Settings, labels
+from pipeline.tweets.data import Tweet
+from pipeline.tweets.transformer import FineTuning, cross_entropy, encoder_logits, fine_tune, tidy_tokenizer
+
+LABELS = ["not a disaster", "disaster"]
+MAX_ITERATIONS = 5000
+BATCH_SIZE = 64
+
+
+class TransformerSettings(FineTuning, frozen=True, kw_only=True):
+    max_tokens: int = 64
+
+
+class EmbeddingSettings(Settings, frozen=True, kw_only=True):
+    """c: inverse strengths of the L2 penalty to choose from, on standardized features."""
+
+    max_tokens: int = 64
+    c: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+    tidy: bool = True
+
+
+@dataclass(frozen=True)
+class EncoderModel:
+    """A fine-tuned sequence classifier of two labels."""
+
+    encoder: Encoder
+    max_tokens: int
+    spec: WordSpec | None = None
+
+    @cached_property
+    def tokenizer(self) -> str:
+        return onnx.bare_tokenizer(self.encoder.tokenizer).decode()
+
+    def log_odds(self, tweets: Sequence[Tweet]) -> FloatArray:
+        logits = encoder_logits(self.encoder, [tweet.text for tweet in tweets], self.max_tokens)
+        return logits[:, 1] - logits[:, 0]
+
+    def add_to(self, graph: Graph) -> str:
+        logits = graph.embed(onnx.exported(self.encoder), "logits", f"{graph.prefix}encoder.")
+        no, yes = (graph.constant(np.array([i], np.int64)) for i in (0, 1))
+        columns = [graph.add("Gather", [logits, label], axis=1) for label in (yes, no)]
+        return graph.add("Sub", columns)
+
+
+def train_transformer(job: Job, settings: TransformerSettings) -> EncoderModel:
+    rows, validation = (([t.text for t in part], labels(part).tolist()) for part in (job.tweets, job.validation))
+    fit = fine_tune(_folder(job), rows, validation, LABELS, settings.max_tokens, settings, job.seed, job.progress)
+    return EncoderModel(fit.encoder, settings.max_tokens)
+
+
+@dataclass(frozen=True)
+class EmbeddingModel:
+    """Logistic regression on the mean of an encoder's last hidden states, standardization folded into the weights."""
+
+    encoder: Encoder
+    max_tokens: int
+    weight: FloatArray
+    bias: float
+    c: float
+    spec: WordSpec | None = None
+
+    @cached_property
+    def tokenizer(self) -> str:
+        return onnx.bare_tokenizer(self.encoder.tokenizer).decode()
+
+    def log_odds(self, tweets: Sequence[Tweet]) -> FloatArray:
+        return mean_states(self.encoder, [tweet.text for tweet in tweets], self.max_tokens) @ self.weight + self.bias
+
+    def add_to(self, graph: Graph) -> str:
+        states = graph.embed(
+            onnx.exported(_body(self.encoder), "feature-extraction"), "last_hidden_state", f"{graph.prefix}encoder."
+        )
+        axis = graph.constant(np.array([1], np.int64))
+        mask = graph.add("Cast", [graph.input("attention_mask")], to=1)
+        column = graph.add("Unsqueeze", [mask, graph.constant(np.array([2], np.int64))])
+        total = graph.add("ReduceSum", [graph.add("Mul", [states, column]), axis], keepdims=0)
+        mean = graph.add("Div", [total, graph.add("ReduceSum", [mask, axis], keepdims=1)])
+        product = graph.add("MatMul", [mean, graph.constant(self.weight[:, None], "out.weight")])
+        return graph.add("Add", [product, graph.constant(self.bias)])
+
+
+def train_embedding(job: Job, settings: EmbeddingSettings) -> EmbeddingModel:
+    from sklearn.linear_model import LogisticRegression
+
+    encoder = load_encoder(_folder(job), LABELS, settings.max_tokens, job.seed)
+    if settings.tidy:
+        tidy_tokenizer(encoder)
+    features, held = (
+        mean_states(encoder, [t.text for t in part], settings.max_tokens) for part in (job.tweets, job.validation)
+    )
+    centre, scale = features.mean(axis=0), features.std(axis=0)
+    scale[scale == 0] = 1.0
+    best: tuple[float, EmbeddingModel] | None = None
+    for done, c in enumerate(settings.c, start=1):
+        fit = LogisticRegression(C=c, max_iter=MAX_ITERATIONS).fit((features - centre) / scale, labels(job.tweets))
+        weight = fit.coef_[0] / scale
+        bias = float(fit.intercept_[0] - weight @ centre)
+        z = held @ weight + bias
+        loss = cross_entropy(np.stack([-z / 2, z / 2], axis=1), labels(job.validation))
+        job.progress(done, len(settings.c), f"C, validation loss {loss:.4f}")
+        if best is None or loss < best[0]:
+            best = loss, EmbeddingModel(encoder, settings.max_tokens, weight, bias, c)
+    if best is None:
+        raise SlimpiError("`c` is empty. Name at least one, such as 0.01.")
+    return best[1]
+
+
+def mean_states(encoder: Encoder, texts: Sequence[str], max_tokens: int) -> FloatArray:
+    """(n, hidden) mean of the last hidden states over each text's own tokens."""
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    body = encoder.model.base_model.eval()
+    out = np.zeros((len(texts), encoder.model.config.hidden_size))
+    with torch.inference_mode():
+        for start in range(0, len(order), BATCH_SIZE):
+            part = order[start : start + BATCH_SIZE]
+            batch = encode_batch(encoder, [texts[i] for i in part], max_tokens)
+            states = body(**batch).last_hidden_state
+            mask = batch["attention_mask"][:, :, None].to(states.dtype)
+            out[part] = ((states * mask).sum(1) / mask.sum(1)).numpy()
+    return out
+
+
+def _body(encoder: Encoder) -> Encoder:
+    return Encoder(encoder.model.base_model, encoder.tokenizer, ())
+
+
+def _folder(job: Job) -> Path:
+    if job.source is None or not (job.source / "config.json").is_file():
+        raise SlimpiError(f"{job.source} is no folder of an encoder. Name one as the source.")
+    return job.source
+
+
+TRANSFORMER = Classifier(TransformerSettings, train_transformer)
+EMBEDDINGS = Classifier(EmbeddingSettings, train_embedding)

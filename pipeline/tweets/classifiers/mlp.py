@@ -1,0 +1,73 @@
+"""Dense 64 -> 32 with dropout on the mean of a tweet's word vectors (the report's third network, on spaCy's vectors)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from device.words import WordSpec
+from pipeline.export.onnx_graph import Graph
+from pipeline.tweets.classifiers.base import Classifier, Job
+from pipeline.tweets.classifiers.word_nets import (
+    Feeds,
+    NetSettings,
+    WordModel,
+    WordNet,
+    Words,
+    add_lengths,
+    train_net,
+    vectors_for,
+    word_lengths,
+)
+
+
+class MlpSettings(NetSettings, frozen=True, kw_only=True):
+    """hidden: units of the two dense layers."""
+
+    hidden: tuple[int, int] = (64, 32)
+    dropout: float = 0.3
+    epochs: int = 40
+
+
+class MlpNet(WordNet):
+    def __init__(self, table: torch.Tensor, settings: MlpSettings) -> None:
+        super().__init__()
+        self.words = Words(table, settings.train_vectors)
+        sizes = [table.shape[1], *settings.hidden]
+        self.layers = torch.nn.ModuleList(
+            torch.nn.Linear(before, size) for before, size in zip(sizes, settings.hidden, strict=False)
+        )
+        self.out = torch.nn.Linear(sizes[-1], 1)
+        self.dropout = torch.nn.Dropout(settings.dropout)
+        self.l2 = settings.l2
+
+    def forward(self, feeds: Feeds) -> torch.Tensor:
+        ids = feeds["word_ids"]
+        x = self.words(ids).sum(1) / word_lengths(ids)[:, None]
+        for layer in self.layers:
+            x = self.dropout(torch.relu(layer(x)))
+        return self.out(x).squeeze(1)
+
+    def penalty(self) -> torch.Tensor:
+        return self.l2 * torch.stack([layer.weight.square().sum() for layer in self.layers]).sum()
+
+    def add_to(self, graph: Graph, spec: WordSpec) -> str:
+        ids = graph.ids("word_ids", spec.vocabulary)
+        total = graph.add(
+            "ReduceSum", [self.words.add_to(graph, ids), graph.constant(np.array([1], np.int64))], keepdims=0
+        )
+        x = graph.add("Div", [total, graph.add("Cast", [add_lengths(graph, ids)], to=1)])
+        for i, layer in enumerate(self.layers):
+            x = graph.add("Relu", [graph.linear(x, layer, f"layers.{i}")])
+        return graph.linear(x, self.out, "out")
+
+
+def train(job: Job, settings: MlpSettings) -> WordModel:
+    words, table = vectors_for(job, settings)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(job.seed)
+        net = MlpNet(table, settings)
+    return train_net(net, WordSpec(steps=settings.steps, vocabulary=words, max_words=settings.max_words), job, settings)
+
+
+MLP = Classifier(MlpSettings, train)
