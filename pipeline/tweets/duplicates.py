@@ -17,7 +17,7 @@ import numpy.typing as npt
 from device.text import clean
 
 MIN_JACCARD = Fraction(3, 5)
-"""Of the sets of words. Chosen by reading pairs of the disaster tweets: of 42 drawn at 0.6 and more, nearly all were one
+"""Of the sets of words. Chosen by reading pairs of the disaster tweets: of 42 drawn at 0.6 and more nearly all were one
 text with another source, mention or ending; at 0.5, short texts that share half their words come in."""
 
 NORMALISATION = ("unescape", "urls", "mentions", "punctuation", "lower")
