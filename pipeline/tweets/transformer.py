@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -22,13 +21,14 @@ from device.schema import SlimpiError
 from pipeline.encoders import Encoder, encode_batch, load_encoder
 from pipeline.progress import Tick, quiet
 from pipeline.tweets.batches import length_batches
+from pipeline.tweets.settings import Settings
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 EVAL_BATCH = 64
 
 
-class FineTuning(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class FineTuning(Settings, frozen=True, kw_only=True):
     """trained: "all", "head", or components such as "layer.4, layer.5, head" (see `components`).
 
     patience: evaluations without a better validation loss before stopping; evaluations_per_epoch of them an epoch.

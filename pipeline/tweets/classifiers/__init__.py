@@ -7,13 +7,14 @@ from typing import Any
 import msgspec
 
 from device.schema import SlimpiError
-from pipeline.tweets.classifiers.base import Classifier, Settings
+from pipeline.tweets.classifiers.base import Classifier
 from pipeline.tweets.classifiers.encoder import EMBEDDINGS, TRANSFORMER
 from pipeline.tweets.classifiers.ensemble import ENSEMBLE
 from pipeline.tweets.classifiers.lstm import LSTM
 from pipeline.tweets.classifiers.mlp import MLP
 from pipeline.tweets.classifiers.multi_input import MULTI_INPUT
 from pipeline.tweets.classifiers.tfidf import TFIDF
+from pipeline.tweets.settings import Settings
 
 CLASSIFIERS: dict[str, Classifier] = {
     "lstm": LSTM,

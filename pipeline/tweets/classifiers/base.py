@@ -16,6 +16,7 @@ from device.words import Text, WordReader, WordSpec
 from pipeline.export.onnx_graph import Graph
 from pipeline.progress import Tick
 from pipeline.tweets.data import Tweet
+from pipeline.tweets.settings import Settings
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -24,14 +25,10 @@ STEPS = ["unescape", "urls", "mentions", "hashtags", "elongated", "lower"]
 PADDING_WORD, UNKNOWN_WORD = "<PAD>", "<UNK>"
 
 
-class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Base of the settings: immutable, unknown keys rejected."""
-
-
 class WordSettings(Settings, frozen=True, kw_only=True):
     """How a text becomes words. steps: of device.text.STEPS, in order; min_count: rarer words are unknown."""
 
-    steps: list[str] = STEPS
+    steps: list[str] = msgspec.field(default_factory=lambda: list(STEPS))
     max_words: int = 48
     min_count: int = 1
 
@@ -60,8 +57,8 @@ class Trained(Protocol):
 
 @dataclass(frozen=True)
 class Job:
-    """What a classifier is trained from: labelled tweets, others that tell when to stop, the folder of its encoder if it
-    has one, and where word vectors are kept."""
+    """What a classifier is trained from: labelled tweets, others that tell when to stop (validation), the folder of its
+    encoder if it has one, and where word vectors are kept (cache)."""
 
     tweets: Sequence[Tweet]
     validation: Sequence[Tweet]

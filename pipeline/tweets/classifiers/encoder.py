@@ -15,8 +15,9 @@ from device.words import WordSpec
 from pipeline.encoders import Encoder, encode_batch, load_encoder
 from pipeline.export import onnx
 from pipeline.export.onnx_graph import Graph
-from pipeline.tweets.classifiers.base import Classifier, FloatArray, Job, Settings, labels
+from pipeline.tweets.classifiers.base import Classifier, FloatArray, Job, labels
 from pipeline.tweets.data import Tweet
+from pipeline.tweets.settings import Settings
 from pipeline.tweets.transformer import FineTuning, cross_entropy, encoder_logits, fine_tune, tidy_tokenizer
 
 LABELS = ["not a disaster", "disaster"]

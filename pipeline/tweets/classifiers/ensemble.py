@@ -18,8 +18,9 @@ from device.schema import SlimpiError
 from device.words import WordSpec
 from pipeline.export.onnx_graph import Graph
 from pipeline.tweets import calibration
-from pipeline.tweets.classifiers.base import Classifier, FloatArray, Job, Settings, Trained, labels
+from pipeline.tweets.classifiers.base import Classifier, FloatArray, Job, Trained, labels
 from pipeline.tweets.data import Tweet
+from pipeline.tweets.settings import Settings
 
 
 class Member(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

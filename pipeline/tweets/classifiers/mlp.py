@@ -1,4 +1,4 @@
-"""Dense 64 -> 32 with dropout on the mean of a tweet's word vectors (the report's third network, on spaCy's vectors)."""
+"""Dense 64 -> 32 with dropout on the mean of a tweet's word vectors (the report's third network, on spaCy's)."""
 
 from __future__ import annotations
 

@@ -26,11 +26,14 @@ Feeds = dict[str, torch.Tensor]
 
 
 class NetSettings(WordSettings, frozen=True, kw_only=True):
-    """How a network learns. vectors: sources of pipeline.tweets.embeddings, or "word2vec-tweets"; extra_words: how many words of the vectors, in their order, the vocabulary takes beyond those
-    of the tweets: words that were never trained on still have vectors. train_vectors: let them learn too. l2: penalty on
-    the dense layer's weights."""
+    """How a network learns.
 
-    vectors: list[str] = ["glove-6b-50d"]
+    vectors: sources of pipeline.tweets.embeddings, or "word2vec-tweets"; several stand side by side. extra_words: how
+    many words of the first source, in its order, the vocabulary takes beyond those of the tweets: words that were never
+    trained on still have vectors. train_vectors: let them learn too. l2: penalty on the dense layer's weights.
+    """
+
+    vectors: tuple[str, ...] = ("glove-6b-50d",)
     extra_words: int = 20_000
     train_vectors: bool = False
     dropout: float = 0.1
@@ -126,9 +129,11 @@ def train_net(net: WordNet, spec: WordSpec, job: Job, settings: NetSettings) -> 
             net.train()
             for batch in length_batches(lengths, settings.batch_size, rng):
                 _step(net, optimizer, _tensors(net, reader, [rows[i] for i in batch]), targets[batch])
-            loss = float(torch.nn.functional.binary_cross_entropy_with_logits(
-                torch.from_numpy(_log_odds(net, reader, held)).float(), expected
-            ))
+            loss = float(
+                torch.nn.functional.binary_cross_entropy_with_logits(
+                    torch.from_numpy(_log_odds(net, reader, held)).float(), expected
+                )
+            )
             job.progress(epoch + 1, settings.epochs, f"epochs, validation loss {loss:.4f}")
             if loss < best_loss:
                 best, best_loss, since = copy.deepcopy(net.state_dict()), loss, 0
@@ -193,7 +198,9 @@ def add_lengths(graph: Graph, ids: str) -> str:
     """`word_lengths` as int64 (n, 1) in a graph."""
     zero = graph.constant(np.array(0, np.int64))
     known = graph.add("Not", [graph.add("Equal", [ids, zero])])
-    count = graph.add("ReduceSum", [graph.add("Cast", [known], to=7), graph.constant(np.array([1], np.int64))], keepdims=1)
+    count = graph.add(
+        "ReduceSum", [graph.add("Cast", [known], to=7), graph.constant(np.array([1], np.int64))], keepdims=1
+    )
     return graph.add("Max", [count, graph.constant(np.array([1], np.int64))])
 
 
