@@ -19,7 +19,8 @@ from device.schema import (
 )
 from pipeline import sources
 from pipeline.deploy import run_job
-from pipeline.exporters import EXPORTERS, Context, Exporter, Made, Prepared
+from pipeline.exporter import Context, Exporter, Made, Prepared
+from pipeline.exporters import EXPORTERS
 from pipeline.jobs import describe_dataset
 from pipeline.progress import Progressor
 from pipeline.recipes import Recipe, artifact_name, as_dict

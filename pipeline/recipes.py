@@ -31,9 +31,12 @@ class PlanTable(_Config, frozen=True, kw_only=True):
 
     profile: report.json of the task `profile` on the device; with it a decoded token's products take at most
     1 / tokens_per_s seconds there, by what the device measured.
+    avoid_source_types: of a source that was quantized already, no matrix gets a type that holds it as it was: almost
+    free there and nowhere else, it would prove nothing.
     """
 
     types: list[str] = []
+    avoid_source_types: bool = False
     profile: str = ""
     tokens_per_s: Annotated[float, Meta(ge=0)] = 0.0
 
