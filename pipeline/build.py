@@ -83,7 +83,8 @@ def _id(recipe: Recipe, variant: str, source_sha256: str, places: Places) -> str
     parts = as_dict(recipe)
     for key in ("variants", "bench", "note"):
         parts.pop(key)
-    texts = [recipe.calibration.text, recipe.golden.dataset, *([recipe.head.rows] if recipe.head else [])]
+    trained_on = [table.rows for table in (recipe.head, recipe.train) if table]
+    texts = [recipe.calibration.text, recipe.golden.dataset, *trained_on]
     contents = [describe_dataset(name, places).file.sha256 for name in texts]
     if profile := recipe.plan.profile:
         if not Path(profile).is_file():

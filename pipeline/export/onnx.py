@@ -69,18 +69,29 @@ def export_encoder(model_dir: Path, out_dir: Path, labels: list[str], max_tokens
 
 
 def make_variant(base: Path, out_dir: Path, variant: str) -> OnnxSummary:
-    """Write `variant` of the fp32 file `base` to out_dir/model.onnx, with the tokenizer.json beside `base`."""
+    """Write `variant` of the fp32 file `base` to out_dir/model.onnx, with what reads its texts (INPUT_FILES)."""
     check_variant(variant)
-    tokenizer = base.with_name("tokenizer.json")
-    if not tokenizer.is_file():
-        raise SlimpiError(f"{tokenizer} is missing. Export the encoder again.")
+    readers = input_files(base.parent)
     out_dir.mkdir(parents=True, exist_ok=True)
-    write_atomic(out_dir / "tokenizer.json", tokenizer.read_bytes())
+    for path in readers:
+        write_atomic(out_dir / path.name, path.read_bytes())
     if blockwise := onnx_nbits.parse(variant):
         onnx_nbits.quantize_blockwise(_load(base), out_dir / "model.onnx", *blockwise)
     else:
         ONNX_VARIANTS[variant](base, out_dir / "model.onnx")
     return describe_onnx(out_dir / "model.onnx")
+
+
+INPUT_FILES = ("tokenizer.json", "words.json")
+"""What turns texts into the inputs of a graph; a classifier has one of them or both."""
+
+
+def input_files(folder: Path) -> list[Path]:
+    """Those of INPUT_FILES that the folder has. SlimpiError if it has none."""
+    found = [folder / name for name in INPUT_FILES if (folder / name).is_file()]
+    if not found:
+        raise SlimpiError(f"{folder} has neither of {', '.join(INPUT_FILES)}. Export the classifier again.")
+    return found
 
 
 def check_variant(variant: str) -> None:
@@ -142,9 +153,9 @@ def describe_onnx(path: Path) -> OnnxSummary:
         n_weights, bits = n_weights + count, bits + own_bits
         if name in linear:
             n_linear, linear_bits = n_linear + count, linear_bits + own_bits
-    if not n_linear:
-        raise SlimpiError(f"{path} has no linear weights. Name an exported encoder.")
-    return OnnxSummary(types, n_weights, n_linear, bits / n_weights, linear_bits / n_linear)
+    if not n_weights:
+        raise SlimpiError(f"{path} has no weights. Name an exported classifier.")
+    return OnnxSummary(types, n_weights, n_linear, bits / n_weights, linear_bits / n_linear if n_linear else 0.0)
 
 
 _TYPE_NAMES = {TensorProto.FLOAT: "FP32", TensorProto.UINT8: "U8", TensorProto.INT8: "S8"}

@@ -38,7 +38,7 @@ class Graph:
     def __init__(self, spec: WordSpec | None = None) -> None:
         self.spec = spec
         self.nodes: list[onnx.NodeProto] = []
-        self.constants: dict[str, TensorProto] = {}
+        self.weights: dict[str, TensorProto] = {}
         self.inputs: dict[str, onnx.ValueInfoProto] = {}
         self.prefix = ""
 
@@ -49,19 +49,20 @@ class Graph:
         self.nodes.append(helper.make_node(op, inputs, outputs, name=name, **attributes))
         return name
 
-    def constant(self, value: npt.ArrayLike, name: str = "") -> str:
-        """An initializer; without a name it is one of the graph's own, not a weight. float64 becomes float32."""
-        array = np.asarray(value)
-        if array.dtype == np.float64:
-            array = array.astype(np.float32)
-        key = f"{self.prefix}{name or f'constant.{len(self.constants)}'}"
-        self.constants[key] = numpy_helper.from_array(np.ascontiguousarray(array) if array.ndim else array, key)
+    def weight(self, value: npt.ArrayLike, name: str) -> str:
+        """A parameter, an initializer of that name. float64 becomes float32."""
+        key = f"{self.prefix}{name}"
+        self.weights[key] = numpy_helper.from_array(_plain(value), key)
         return key
+
+    def constant(self, value: npt.ArrayLike) -> str:
+        """A number or an array of the computation itself, no parameter."""
+        return self.add("Constant", [], value=numpy_helper.from_array(_plain(value)))
 
     def linear(self, x: str, layer: Any, name: str) -> str:
         """x W^T + b of a torch.nn.Linear."""
-        product = self.add("MatMul", [x, self.constant(_array(layer.weight).T, f"{name}.weight")])
-        return self.add("Add", [product, self.constant(_array(layer.bias), f"{name}.bias")])
+        product = self.add("MatMul", [x, self.weight(_array(layer.weight).T, f"{name}.weight")])
+        return self.add("Add", [product, self.weight(_array(layer.bias), f"{name}.bias")])
 
     def input(self, name: str) -> str:
         if name not in self.inputs:
@@ -107,7 +108,7 @@ class Graph:
         for value in inner.graph.input:
             self.input(value.name)
         self.nodes.extend(inner.graph.node)
-        self.constants |= {tensor.name: tensor for tensor in inner.graph.initializer}
+        self.weights |= {tensor.name: tensor for tensor in inner.graph.initializer}
         return f"{prefix}{output}"
 
     def finish(self, logits: str) -> onnx.ModelProto:
@@ -115,7 +116,7 @@ class Graph:
         nodes = [*self.nodes, helper.make_node("Identity", [logits], ["logits"], name="logits")]
         output = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["texts", 2])
         graph = helper.make_graph(
-            nodes, "classifier", list(self.inputs.values()), [output], list(self.constants.values())
+            nodes, "classifier", list(self.inputs.values()), [output], list(self.weights.values())
         )
         domains = [helper.make_opsetid("", OPSET)]
         if any(node.domain == _OWN_DOMAIN for node in nodes):
@@ -123,6 +124,13 @@ class Graph:
         model = helper.make_model(graph, opset_imports=domains, ir_version=IR_VERSION, producer_name="slimpi")
         onnx.checker.check_model(model)
         return model
+
+
+def _plain(value: npt.ArrayLike) -> npt.NDArray[Any]:
+    array = np.asarray(value)
+    if array.dtype == np.float64:
+        array = array.astype(np.float32)
+    return np.ascontiguousarray(array) if array.ndim else array
 
 
 def _array(parameter: Any) -> npt.NDArray[np.float32]:
@@ -156,9 +164,9 @@ def lstm(graph: Graph, x: str, lengths: str, layer: Any, name: str) -> tuple[str
     )
     inputs = [
         x,
-        graph.constant(w, f"{name}.weight_ih"),
-        graph.constant(r, f"{name}.weight_hh"),
-        graph.constant(b, f"{name}.bias"),
+        graph.weight(w, f"{name}.weight_ih"),
+        graph.weight(r, f"{name}.weight_hh"),
+        graph.weight(b, f"{name}.bias"),
         lengths,
     ]
     direction = "bidirectional" if layer.bidirectional else "forward"

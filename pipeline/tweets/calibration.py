@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from device.schema import SlimpiError
+from device.schema import Record, SlimpiError
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -19,8 +19,7 @@ N_BINS = 10
 THRESHOLDS = ("f1", "accuracy", "half")
 
 
-@dataclass(frozen=True)
-class Calibration:
+class Calibration(Record, frozen=True):
     """temperature T, the threshold a probability must reach for label 1, and the expected calibration error on the
     validation rows before and after."""
 
@@ -28,6 +27,10 @@ class Calibration:
     threshold: float
     ece_before: float
     ece_after: float
+
+    def __str__(self) -> str:
+        errors = f"expected calibration error {self.ece_before:.3f} -> {self.ece_after:.3f} on validation rows"
+        return f"temperature {self.temperature:.2f}, threshold {self.threshold:.2f}, {errors}"
 
     def probabilities(self, log_odds: FloatArray) -> FloatArray:
         return sigmoid(log_odds / self.temperature)
@@ -72,10 +75,8 @@ def best_threshold(p: FloatArray, targets: IntArray, measure: str) -> float:
     ranked, hits = p[order], np.cumsum(targets[order])
     n, n_positive = len(p), int(targets.sum())
     chosen = np.arange(1, n + 1)
-    if measure == "f1":
-        scores = 2 * hits / (chosen + n_positive)
-    else:
-        scores = (hits + (n - n_positive) - (chosen - hits)) / n
+    f1, accuracy = 2 * hits / (chosen + n_positive), (hits + (n - n_positive) - (chosen - hits)) / n
+    scores = f1 if measure == "f1" else accuracy
     between = np.append((ranked[:-1] + ranked[1:]) / 2, ranked[-1] / 2)
     possible = np.append(ranked[:-1] > ranked[1:], True) & (between > 0) & (between < 1)
     candidates = np.flatnonzero(possible)
@@ -84,7 +85,7 @@ def best_threshold(p: FloatArray, targets: IntArray, measure: str) -> float:
 
 
 def ece(p: FloatArray, targets: IntArray, n_bins: int = N_BINS) -> float:
-    """Expected calibration error of the chosen label's probability over bins of equal width (Guo et al. 2017, eq. 3)."""
+    """Expected calibration error of the chosen label's probability, bins of equal width (Guo et al. 2017, eq. 3)."""
     confidence, right = np.maximum(p, 1 - p), (p >= 0.5) == (targets == 1)
     bins = np.minimum((confidence * n_bins).astype(int), n_bins - 1)
     gaps = [

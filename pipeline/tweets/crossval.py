@@ -1,7 +1,7 @@
 """Seeds x folds of a classifier on labelled tweets: each fold's predictions are kept, so that a stopped run goes on.
 
-Nothing of a test fold is seen before it is scored: words, vectors of the tweets, stopping, calibration and threshold come
-from the other folds. Predictions are kept rather than scores, so that an ensemble of classifiers that were
+Nothing of a test fold is seen before it is scored: words, vectors of the tweets, stopping, calibration and threshold
+come from the other folds. Predictions are kept rather than scores, so that an ensemble of classifiers that were
 cross-validated on the same folds needs no training of its own.
 """
 

@@ -35,3 +35,18 @@ def settings_of(name: str, table: dict[str, Any]) -> Settings:
         return msgspec.convert(table, CLASSIFIERS[name].settings)
     except msgspec.ValidationError as error:
         raise SlimpiError(f"settings of classifier {name}: {error}. See docs/tweets.md.") from error
+
+
+def with_max_tokens(name: str, table: dict[str, Any], max_tokens: int) -> dict[str, Any]:
+    """The table with the recipe's max_tokens, which the device cuts at, for a classifier that reads tokens."""
+    if name == "ensemble" and isinstance(members := table.get("members"), list):
+        return table | {"members": [_member_with(member, max_tokens) for member in members]}
+    known = {field.name for field in msgspec.structs.fields(CLASSIFIERS[name].settings)} if name in CLASSIFIERS else ()
+    return table | {"max_tokens": max_tokens} if "max_tokens" in known else table
+
+
+def _member_with(member: Any, max_tokens: int) -> Any:
+    if not isinstance(member, dict):
+        return member  # refused by settings_of, which knows how to say it
+    name = str(member.get("classifier", ""))
+    return member | {"settings": with_max_tokens(name, member.get("settings", {}), max_tokens)}

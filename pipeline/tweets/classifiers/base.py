@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from device.text import STEPS as TEXT_STEPS
 from device.words import Text, WordReader, WordSpec
 from pipeline.export.onnx_graph import Graph
 from pipeline.progress import Tick
@@ -31,6 +32,10 @@ class WordSettings(Settings, frozen=True, kw_only=True):
     steps: list[str] = msgspec.field(default_factory=lambda: list(STEPS))
     max_words: int = 48
     min_count: int = 1
+
+    def __post_init__(self) -> None:
+        if wrong := [step for step in self.steps if step not in TEXT_STEPS]:
+            raise ValueError(f"unknown step {wrong[0]!r}; the device knows {', '.join(TEXT_STEPS)}")
 
 
 class Trained(Protocol):

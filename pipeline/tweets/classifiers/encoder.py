@@ -93,7 +93,7 @@ class EmbeddingModel:
         column = graph.add("Unsqueeze", [mask, graph.constant(np.array([2], np.int64))])
         total = graph.add("ReduceSum", [graph.add("Mul", [states, column]), axis], keepdims=0)
         mean = graph.add("Div", [total, graph.add("ReduceSum", [mask, axis], keepdims=1)])
-        product = graph.add("MatMul", [mean, graph.constant(self.weight[:, None], "out.weight")])
+        product = graph.add("MatMul", [mean, graph.weight(self.weight[:, None], "out.weight")])
         return graph.add("Add", [product, graph.constant(self.bias)])
 
 

@@ -74,7 +74,7 @@ class MultiInputNet(WordNet):
     def add_to(self, graph: Graph, spec: WordSpec) -> str:
         ids = graph.ids("word_ids", spec.vocabulary)
         x = self.lstm.add_to(graph, self.words.add_to(graph, ids), add_lengths(graph, ids))
-        table = graph.constant(self.keywords.weight.detach().numpy(), "keywords.weight")
+        table = graph.weight(self.keywords.weight.detach().numpy(), "keywords.weight")
         keyword = graph.add("Gather", [table, graph.keyword_ids(spec.keywords)], axis=0)
         mean, sd = self.scaling.numpy()
         numbers = graph.add("Sub", [graph.numbers(self.names), graph.constant(mean)])

@@ -66,7 +66,7 @@ class TfidfModel:
     def add_to(self, graph: Graph) -> str:
         ids = graph.ids("term_ids", self.spec.vocabulary, unknown=0)
         idf, coefficient = (
-            graph.add("Gather", [graph.constant(values, name), ids], axis=0)
+            graph.add("Gather", [graph.weight(values, name), ids], axis=0)
             for values, name in ((self.idf, "tfidf.idf"), (self.coefficient, "tfidf.coefficient"))
         )
         one, axis = graph.constant(1.0), graph.constant(np.array([1], np.int64))

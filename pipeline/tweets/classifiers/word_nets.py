@@ -185,7 +185,7 @@ class Words(torch.nn.Module):
         return self.embedding(ids)
 
     def add_to(self, graph: Graph, ids: str) -> str:
-        table = graph.constant(self.embedding.weight.detach().numpy(), "embedding.weight")
+        table = graph.weight(self.embedding.weight.detach().numpy(), "embedding.weight")
         return graph.add("Gather", [table, ids], axis=0)
 
 
