@@ -90,6 +90,7 @@ def _trained_classifier(context: Context, train: Train) -> Prepared:
                 tweets,
                 context.source.path if context.source.spec != sources.NO_SOURCE else None,
                 places.sources,
+                places.stages / f"{recipe.name}-searches",
                 train.seed,
                 train.validation_share,
                 train.threshold,

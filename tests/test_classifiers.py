@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnx
 import onnxruntime
@@ -20,6 +21,7 @@ from device.schema import SlimpiError
 from device.words import WordSpec, read_spec
 from pipeline.export.onnx import describe_onnx, make_variant, one_thread
 from pipeline.export.onnx_graph import Graph
+from pipeline.progress import quiet
 from pipeline.tweets.classifiers import CLASSIFIERS, settings_of, with_max_tokens
 from pipeline.tweets.classifiers.base import Classifier, Job, WordSettings, vocabulary
 from pipeline.tweets.classifiers.ensemble import combine
@@ -66,7 +68,9 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def fit(name: str, places: Path, seed: int = 0, **changes: Any) -> Decider:
     table = toy_settings(name, places / "vectors.txt") | changes
-    return train_decider(name, table, toy_tweets(), places / "hf", places / "cache", seed, validation_share=0.2)
+    return train_decider(
+        name, table, toy_tweets(), places / "hf", places / "cache", places / "work", seed, validation_share=0.2
+    )
 
 
 @pytest.fixture(scope="module", params=CLASSIFIERS)
@@ -221,7 +225,7 @@ def test_tfidf_equals_scikit_learn(places: Path) -> None:
 
     tweets = toy_tweets()
     model = CLASSIFIERS["tfidf"].train(
-        Job(tweets, toy_tweets(40, 1), None, places, 0, lambda *_: None), settings_of("tfidf", {"c": [1.0]})
+        Job(tweets, toy_tweets(40, 1), None, places, places, 0, quiet), settings_of("tfidf", {"c": [1.0]})
     )
     texts = [" ".join(model.reader.words(tweet.text)) for tweet in tweets]
     vectorizer = TfidfVectorizer(
@@ -281,7 +285,7 @@ def test_bad_settings_are_told(places: Path, name: str, table: dict[str, Any], m
 
 def test_an_encoder_is_asked_for(places: Path) -> None:
     with pytest.raises(SlimpiError, match="no folder of an encoder"):
-        train_decider("transformer", {}, toy_tweets(), None, places / "cache")
+        train_decider("transformer", {}, toy_tweets(), None, places / "cache", places / "work")
 
 
 def test_max_tokens_reaches_what_reads_tokens() -> None:
@@ -298,3 +302,24 @@ def test_vocabulary_is_by_frequency_then_name() -> None:
 
     words = vocabulary(Counter({"b": 2, "a": 2, "c": 5, "rare": 1}), 2, ["c", "z", "rare"])
     assert words == ["<PAD>", "<UNK>", "c", "a", "b", "z", "rare"]
+
+
+def test_a_search_trains_what_it_found(places: Path) -> None:
+    evolution = {"population": 3, "generations": 1, "elite": 1}
+    work = places / "search"
+    table = toy_settings("transformer", places / "vectors.txt") | {
+        "epochs": 3,
+        "trained": "search",
+        "evolution": evolution,
+    }
+    decider = train_decider("transformer", table, toy_tweets(), places / "hf", places / "cache", work)
+    lines = (work / "components.jsonl").read_text().splitlines()
+    tried = [msgspec.json.decode(line) for line in lines]
+    upper = {"layer.0", "layer.1", "head"}
+    assert [set(t["trained"]) for t in tried] == [{"embeddings", *upper}, {"head"}, upper]
+    best = min(tried, key=lambda t: t["loss"])["trained"]
+    plain = train_decider(
+        "transformer", table | {"trained": ",".join(best)}, toy_tweets(), places / "hf", places / "cache", work
+    )
+    new = toy_tweets(8, seed=4)
+    assert np.array_equal(plain.logits(new), decider.logits(new))

@@ -84,7 +84,7 @@ def predict_fold(
     rows, of_test = _rows(tuple(setup.tweets), setup.n_folds, seed, fold)
     train, held, test = ([setup.tweets[i] for i in index] for index in (rows.train, rows.test, of_test))
     source = setup.source if CLASSIFIERS[name].needs_source else None
-    model = CLASSIFIERS[name].train(Job(train, held, source, setup.cache, seed, progress), settings)
+    model = CLASSIFIERS[name].train(Job(train, held, source, setup.cache, setup.folder, seed, progress), settings)
     found = Predictions(rows.test, model.log_odds(held), of_test, model.log_odds(test))
     _save(path, found)
     return found

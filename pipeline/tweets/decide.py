@@ -66,6 +66,7 @@ def train_decider(
     tweets: Sequence[Tweet],
     source: Path | None,
     cache: Path,
+    work: Path,
     seed: int = 0,
     validation_share: float = 0.1,
     threshold: str = "f1",
@@ -73,12 +74,13 @@ def train_decider(
 ) -> Decider:
     """Train a classifier of CLASSIFIERS on tweets, of which a share is held out to stop, calibrate and decide by.
 
-    table: its settings; source: the folder of its encoder, if it has one; cache: where word vectors are kept. The same
-    arguments give the same classifier. SlimpiError for unknown names and settings, and tweets that cannot be split.
+    table: its settings; source: the folder of its encoder, if it has one; cache: where word vectors are kept; work: where
+    a search is, to go on from. The same arguments give the same classifier. SlimpiError for unknown names and settings,
+    and tweets that cannot be split.
     """
     parts = split(tweets, validation_share, seed)
     train, held = ([tweets[i] for i in part] for part in (parts.train, parts.test))
-    job = Job(train, held, source, cache, seed, progress)
+    job = Job(train, held, source, cache, work, seed, progress)
     model = CLASSIFIERS[name].train(job, settings_of(name, table))
     return decide(model, held, threshold)
 

@@ -1,9 +1,9 @@
 """Genetic search over which components of an encoder are fine-tuned and which stay frozen.
 
-A chromosome has one gene a component (`transformer.components`), True = trained; the head always is. The fitness is the
-validation loss after fine-tuning from the same checkpoint and seed. From one generation to the next go the elite as they
-are (elitism), the elite with one gene flipped (mutated elitism), and children of two parents chosen by tournament, whose
-genes come from either (uniform crossover) and flip at `mutation_rate`.
+A chromosome has one gene a component (`transformer.components`), True = trained; the head always is. The fitness is
+the validation loss after fine-tuning from the same checkpoint and seed. From one generation to the next go the elite as
+they are (elitism), the elite with one gene flipped (mutated elitism), and children of two parents chosen by tournament,
+whose genes come from either (uniform crossover) and flip at `mutation_rate`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Evolution(Settings, frozen=True, kw_only=True):
     tournament: int = 2
 
     def __post_init__(self) -> None:
-        if not (self.generations >= 1 and 1 <= self.elite and 2 * self.elite < self.population):
+        if not (self.generations >= 1 and self.elite >= 1 and self.population > 2 * self.elite):
             raise ValueError("an evolution needs generations >= 1, elite >= 1 and population > 2 * elite")
         if not (0 <= self.mutation_rate <= 1 and self.tournament >= 1):
             raise ValueError("mutation_rate is from 0 to 1 and tournament at least 1")

@@ -63,12 +63,13 @@ class Trained(Protocol):
 @dataclass(frozen=True)
 class Job:
     """What a classifier is trained from: labelled tweets, others that tell when to stop (validation), the folder of its
-    encoder if it has one, and where word vectors are kept (cache)."""
+    encoder if it has one, where word vectors are kept (cache), and where long work is kept to go on from (work)."""
 
     tweets: Sequence[Tweet]
     validation: Sequence[Tweet]
     source: Path | None
     cache: Path
+    work: Path
     seed: int
     progress: Tick
 

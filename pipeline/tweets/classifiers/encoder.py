@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import torch
 
@@ -15,10 +16,21 @@ from device.words import WordSpec
 from pipeline.encoders import Encoder, encode_batch, load_encoder
 from pipeline.export import onnx
 from pipeline.export.onnx_graph import Graph
+from pipeline.progress import Tick, quiet
+from pipeline.store import digest
 from pipeline.tweets.classifiers.base import Classifier, FloatArray, Job, labels
 from pipeline.tweets.data import Tweet
+from pipeline.tweets.freezing import Evolution, Evolved, search_components
 from pipeline.tweets.settings import Settings
-from pipeline.tweets.transformer import FineTuning, cross_entropy, encoder_logits, fine_tune, tidy_tokenizer
+from pipeline.tweets.transformer import (
+    FineTuned,
+    FineTuning,
+    components,
+    cross_entropy,
+    encoder_logits,
+    fine_tune,
+    tidy_tokenizer,
+)
 
 LABELS = ["not a disaster", "disaster"]
 MAX_ITERATIONS = 5000
@@ -26,7 +38,13 @@ BATCH_SIZE = 64
 
 
 class TransformerSettings(FineTuning, frozen=True, kw_only=True):
+    """trained: as in FineTuning, or "search": an `evolution` finds the components, each tried on the first search_rows
+    rows (0 = all) for search_epochs; then these are trained on all."""
+
     max_tokens: int = 64
+    evolution: Evolution = Evolution()
+    search_rows: int = 1000
+    search_epochs: int = 1
 
 
 class EmbeddingSettings(Settings, frozen=True, kw_only=True):
@@ -61,9 +79,31 @@ class EncoderModel:
 
 
 def train_transformer(job: Job, settings: TransformerSettings) -> EncoderModel:
-    rows, validation = (([t.text for t in part], labels(part).tolist()) for part in (job.tweets, job.validation))
-    fit = fine_tune(_folder(job), rows, validation, LABELS, settings.max_tokens, settings, job.seed, job.progress)
+    if settings.trained == "search":
+        settings = msgspec.structs.replace(settings, trained=", ".join(find_components(job, settings).trained))
+    fit = _tune(job, settings, job.tweets, job.progress)
     return EncoderModel(fit.encoder, settings.max_tokens)
+
+
+def _tune(job: Job, settings: TransformerSettings, tweets: Sequence[Tweet], progress: Tick) -> FineTuned:
+    rows, validation = (([t.text for t in part], labels(part).tolist()) for part in (tweets, job.validation))
+    return fine_tune(_folder(job), rows, validation, LABELS, settings.max_tokens, settings, job.seed, progress)
+
+
+def find_components(job: Job, settings: TransformerSettings) -> Evolved:
+    """The components whose training gives the least validation loss, by `freezing.search_components`; resumable."""
+    names = list(components(load_encoder(_folder(job), LABELS, settings.max_tokens, job.seed).model))
+    tweets = job.tweets[: settings.search_rows or None]
+    tried = msgspec.structs.replace(settings, epochs=settings.search_epochs)
+
+    def loss(trained: tuple[str, ...]) -> float:
+        fit = _tune(job, msgspec.structs.replace(tried, trained=", ".join(trained)), tweets, quiet)
+        return min(fit.validation_losses)
+
+    rows = [[t.text, t.target] for t in (*tweets, *job.validation)]
+    key = digest([str(job.source), rows, msgspec.to_builtins(tried), job.seed])[:16]
+    journal = job.work / "components.jsonl"
+    return search_components(names, loss, settings.evolution, job.seed, journal, key, job.progress)
 
 
 @dataclass(frozen=True)
