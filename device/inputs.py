@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TextIO
 
 from device.schema import Dataset, Job, SlimpiError
+from device.words import Text
 
 TEXT_COLUMNS = ("text", "sentence")
 
@@ -44,14 +45,16 @@ def read_columns(job: Job, dataset: Dataset, columns: list[str], limit: int = 0)
     return rows
 
 
-def read_texts(job: Job, dataset: Dataset, count: int) -> list[str]:
-    """The first `count` texts of a table (column `text` or `sentence`) or of a plain file, one a line."""
+def read_texts(job: Job, dataset: Dataset, count: int, keyword_column: str = "") -> list[Text]:
+    """The first `count` texts of a table (column `text` or `sentence`) or of a plain file, one a line, which has no
+    keywords."""
     path = Path(job.data_dir) / dataset.file.path
     if path.suffix in (".csv", ".tsv"):
-        texts = [row[0] for row in read_columns(job, dataset, [_text_column(path)], limit=count)]
+        columns = [_text_column(path), *([keyword_column] if keyword_column else [])]
+        texts = [Text(*row) for row in read_columns(job, dataset, columns, limit=count)]
     else:
         lines = read_text(job, dataset).decode("utf-8").splitlines()
-        texts = [line for line in lines if line.strip()][:count]
+        texts = [Text(line) for line in lines if line.strip()][:count]
     if len(texts) < count:
         raise SlimpiError(f"{path} has {len(texts)} texts, {count} are asked for. Ask for fewer or send more.")
     return texts

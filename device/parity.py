@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from device.classifier import OnnxClassifier
 from device.inputs import read_text, read_texts
-from device.runtimes import LlamaModel, Logits, OnnxClassifier, Tokens
+from device.runtimes import LlamaModel, Logits, Tokens
 from device.samples import Taken, measurement
 from device.schema import Job, Measurement, Parity, RecordGolden, Sample, SlimpiError, write_atomic
 from device.wire import Request, Started
+from device.words import Text
 
 GOLDEN_NAME = "golden.npz"
 
@@ -36,9 +38,10 @@ def run_record_golden(request: Request, task: RecordGolden) -> Iterator[Started 
             _save_golden(job, tokens=tokens, logits=_last_logits(model, tokens, task.n))
             yield request.sample("recorded", 0, task.n)
     else:
-        texts = read_texts(job, task.dataset, task.n)
         with OnnxClassifier(Path(job.artifact_dir), job.artifact, job.threads) as classifier:
-            _save_golden(job, texts=np.array(texts), logits=_each_logits(classifier, texts))
+            column = task.keyword_column if classifier.reads_keywords else ""
+            texts = read_texts(job, task.dataset, task.n, column)
+            _save_golden(job, **_text_arrays(texts), logits=_each_logits(classifier, texts))
             yield request.sample("recorded", 0, task.n)
 
 
@@ -57,9 +60,10 @@ def run_parity(request: Request, task: Parity) -> Iterator[Started | Sample]:
             _check_golden(job, golden, model.n_vocab, len(inputs))
             yield from _compare(request, golden, _last_logits(model, inputs.astype(np.int32), len(golden)))
     else:
+        texts = read_golden_texts(job, inputs)
         with OnnxClassifier(Path(job.artifact_dir), job.artifact, job.threads) as classifier:
-            _check_golden(job, golden, classifier.n_labels, len(inputs))
-            yield from _compare(request, golden, _each_logits(classifier, [str(text) for text in inputs]))
+            _check_golden(job, golden, classifier.n_labels, len(texts))
+            yield from _compare(request, golden, _each_logits(classifier, texts))
 
 
 def _compare(request: Request, golden: Logits, logits: Logits) -> Iterator[Sample]:
@@ -105,6 +109,30 @@ def read_golden(job: Job) -> tuple[NDArray[Any], Logits]:
     return inputs, logits
 
 
+def read_golden_texts(job: Job, texts: NDArray[Any]) -> list[Text]:
+    """The golden file's texts, with its keywords if it has any."""
+    assert job.artifact.golden
+    path = Path(job.artifact_dir) / job.artifact.golden.file
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            keywords = archive["keywords"] if "keywords" in archive else np.full(len(texts), "")
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise SlimpiError(f"{path} has no readable `keywords`: {error}. Build it again.") from error
+    if keywords.dtype.kind != "U" or keywords.shape != texts.shape:
+        raise SlimpiError(
+            f"{path} has `keywords` {keywords.dtype} {keywords.shape} for `texts` {texts.shape}, expected one a text. "
+            "Build it again."
+        )
+    return [Text(str(text), str(keyword)) for text, keyword in zip(texts, keywords, strict=True)]
+
+
+def _text_arrays(texts: list[Text]) -> dict[str, NDArray[Any]]:
+    keywords = [text.keyword for text in texts]
+    return {"texts": np.array([text.text for text in texts])} | (
+        {"keywords": np.array(keywords)} if any(keywords) else {}
+    )
+
+
 def _save_golden(job: Job, **arrays: NDArray[Any]) -> None:
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **arrays)
@@ -125,7 +153,7 @@ def _last_logits(model: LlamaModel, tokens: Tokens, n: int) -> Logits:
     return np.concatenate([rows.copy() for _, rows in model.logits(tokens, len(tokens) - n)])
 
 
-def _each_logits(classifier: OnnxClassifier, texts: list[str]) -> Logits:
+def _each_logits(classifier: OnnxClassifier, texts: list[Text]) -> Logits:
     """One text at a time: dynamic quantization scales depend on the whole batch."""
     return np.concatenate([classifier.logits([text]) for text in texts])
 

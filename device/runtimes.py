@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.metadata
-import json
 import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from device.schema import Artifact, SlimpiError
+from device.schema import SlimpiError
 
 Tokens = NDArray[np.int32]
 Logits = NDArray[np.float32]
@@ -191,13 +190,10 @@ class LlamaModel:
         self._context = self._pool = None
 
 
-class OnnxClassifier:
-    """A sequence classifier in ONNX Runtime on the CPU, with the tokenizer of its artifact.
+class OnnxSession:
+    """A graph in ONNX Runtime on the CPU: its input names, and its output `logits` (or the first, if none is)."""
 
-    Texts are cut at max_tokens and padded only to the longest of their batch, so a single text never is.
-    """
-
-    def __init__(self, folder: Path, artifact: Artifact, threads: int) -> None:
+    def __init__(self, path: Path, threads: int) -> None:
         import onnxruntime
         from onnxruntime.capi import onnxruntime_pybind11_state as state
 
@@ -211,55 +207,34 @@ class OnnxClassifier:
             state.NotImplemented,
             state.RuntimeException,
         )
-        self._path = folder / artifact.entry
+        self._path = path
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
         try:
-            self._session = onnxruntime.InferenceSession(str(self._path), options, providers=["CPUExecutionProvider"])
+            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except self._errors as error:
             raise SlimpiError(
-                f"ONNX Runtime cannot load {self._path}: {_one_line(error)}. Build the artifact again."
+                f"ONNX Runtime cannot load {path}: {one_line(error)}. Build the artifact again."
             ) from error
-        self._inputs = [value.name for value in self._session.get_inputs()]
-        self._output = _logits_name([value.name for value in self._session.get_outputs()])
-        self._tokenizer = _open_tokenizer(folder / "tokenizer.json", artifact.max_tokens)
-        unknown = set(self._inputs) - {"input_ids", "attention_mask", "token_type_ids"}
-        if unknown:
-            raise SlimpiError(f"{self._path} wants unknown inputs {sorted(unknown)}. Export it as a text classifier.")
-        self.n_labels = self.logits(["a"]).shape[1]
-        if artifact.labels and len(artifact.labels) != self.n_labels:
-            raise SlimpiError(
-                f"{self._path} gives {self.n_labels} logits but its manifest names {len(artifact.labels)} labels. "
-                "Build the artifact again."
-            )
+        self.inputs = [value.name for value in self._session.get_inputs()]
+        outputs = [value.name for value in self._session.get_outputs()]
+        self._output = "logits" if "logits" in outputs else outputs[0]
 
-    def __enter__(self) -> OnnxClassifier:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        del self._session
-
-    def logits(self, texts: Sequence[str]) -> Logits:
-        """Tokenize and classify one batch: (len(texts), n_labels) float32."""
-        encodings = self._tokenizer.encode_batch(list(texts))
-        columns = {
-            "input_ids": [e.ids for e in encodings],
-            "attention_mask": [e.attention_mask for e in encodings],
-            "token_type_ids": [e.type_ids for e in encodings],
-        }
-        feeds = {name: np.asarray(columns[name], dtype=np.int64) for name in self._inputs}
+    def run(self, feeds: dict[str, NDArray[Any]], n: int) -> Logits:
+        """The logits (n, labels) float32 of a batch of n texts. SlimpiError if the graph cannot run or gives others."""
         try:
             (logits,) = self._session.run([self._output], feeds)
         except self._errors as error:
-            raise SlimpiError(f"ONNX Runtime cannot run {self._path}: {_one_line(error)}. Build it again.") from error
-        if logits.ndim != 2 or logits.shape[0] != len(texts):
+            raise SlimpiError(f"ONNX Runtime cannot run {self._path}: {one_line(error)}. Build it again.") from error
+        if logits.ndim != 2 or logits.shape[0] != n:
             raise SlimpiError(
-                f"{self._path} gives `{self._output}` of shape {logits.shape} for {len(texts)} texts, expected "
+                f"{self._path} gives `{self._output}` of shape {logits.shape} for {n} texts, expected "
                 "(texts, labels). Export it as a sequence classifier."
             )
         return np.asarray(logits, dtype=np.float32)
+
+    def close(self) -> None:
+        del self._session
 
 
 class _ThreadPoolParams(ctypes.Structure):
@@ -314,36 +289,6 @@ def _complaint() -> str:
     return "; ".join(_complaints) or "it gives no reason"
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """A library's message as part of ours."""
     return " ".join(str(error).split())[:300]
-
-
-def _logits_name(outputs: list[str]) -> str:
-    return "logits" if "logits" in outputs else outputs[0]
-
-
-def _open_tokenizer(path: Path, max_tokens: int) -> Any:
-    from tokenizers import Tokenizer
-
-    try:
-        text = path.read_text(encoding="utf-8")
-        configured = json.loads(text)["model"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SlimpiError(f"{path} is not a tokenizer: {_one_line(error)}. Build the artifact again.") from error
-    tokenizer = Tokenizer.from_str(text)
-    padding = tokenizer.padding or {}
-    pad_id, pad_token = padding.get("pad_id"), padding.get("pad_token")
-    for token in ("[PAD]", "<pad>"):
-        if pad_id is None and tokenizer.token_to_id(token) is not None:
-            pad_id, pad_token = tokenizer.token_to_id(token), token
-    if pad_id is None:
-        raise SlimpiError(f"{path} ({configured.get('type')}) has no padding token. Add [PAD] or <pad> to it.")
-    tokenizer.enable_padding(
-        direction=padding.get("direction", "right"),
-        pad_id=pad_id,
-        pad_type_id=padding.get("pad_type_id", 0),
-        pad_token=pad_token,
-        length=None,
-    )
-    tokenizer.enable_truncation(max_tokens)
-    return tokenizer

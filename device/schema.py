@@ -1,8 +1,8 @@
 """The contract between host and device: manifest.json and job.json go out, report.json comes back.
 
 History of SCHEMA_VERSION (a reader refuses versions it does not know):
-  1  2026-11  first version. Tasks added since: record_logits, divergence, profile (an older agent
-              refuses a job with them).
+  1  2026-11  first version. Tasks added since: record_logits, divergence, profile; fields added since:
+              keyword_column of tweets and record_golden (an older agent refuses a job with them).
 
 Units are part of every name. Raw samples are stored; means and errors are computed when read.
 """
@@ -73,7 +73,8 @@ class Golden(Record, frozen=True, kw_only=True):
     """Outputs recorded on the host at build time, in an .npz (read without pickle).
 
     lm: `tokens` (n_tokens,) int32 and `logits` (n, n_vocab) float32 of the last n positions.
-    classifier: `texts` (n,) unicode and `logits` (n, n_labels) float32.
+    classifier: `texts` (n,) unicode, `logits` (n, n_labels) float32 and, where the texts have them, `keywords` (n,)
+    unicode.
     """
 
     file: str
@@ -146,11 +147,15 @@ class Throughput(Record, frozen=True, kw_only=True, tag="throughput", tag_field=
 
 
 class Tweets(Record, frozen=True, kw_only=True, tag="tweets", tag_field="task"):
-    """Classify every row of a CSV: quality, latency of single texts, and texts a second in batches."""
+    """Classify every row of a CSV: quality, latency of single texts, and texts a second in batches.
+
+    keyword_column is read only for an artifact whose graph asks for keywords; "" = none.
+    """
 
     dataset: Dataset
     text_column: str = "text"
     label_column: str = "target"
+    keyword_column: str = ""
     limit: Count = 0
     batch_size: Positive = 32
     warmup: Count = 8
@@ -161,11 +166,15 @@ class Parity(Record, frozen=True, kw_only=True, tag="parity", tag_field="task"):
 
 
 class RecordGolden(Record, frozen=True, kw_only=True, tag="record_golden", tag_field="task"):
-    """Record golden outputs: the host runs this once at build time; writes golden.npz to the work folder."""
+    """Record golden outputs: the host runs this once at build time; writes golden.npz to the work folder.
+
+    keyword_column is of a table, and as in Tweets.
+    """
 
     dataset: Dataset
     n: Positive = 32
     n_tokens: Positive = 128
+    keyword_column: str = ""
 
 
 class RecordLogits(Record, frozen=True, kw_only=True, tag="record_logits", tag_field="task"):

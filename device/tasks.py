@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from device import divergence, language, parity, profile, tweets
+from device.classifier import TOKENIZER
 from device.samples import Taken
 from device.schema import (
     Artifact,
@@ -26,6 +27,7 @@ from device.schema import (
     Tweets,
 )
 from device.wire import Request, Started
+from device.words import SPEC
 
 LM, CLASSIFIER = ("gguf", "lm"), ("onnx", "classifier")
 
@@ -77,7 +79,14 @@ def check_fit(task: Task, artifact: Artifact) -> None:
         )
     if isinstance(task, Parity) and artifact.golden is None:
         raise SlimpiError(f"task parity needs golden outputs, {artifact.id} has none. Leave it out or build again.")
-    if have == CLASSIFIER and artifact.max_tokens < 1:
+    if have == CLASSIFIER:
+        check_classifier(artifact)
+
+
+def check_classifier(artifact: Artifact) -> None:
+    """SlimpiError if a classifier lacks what its texts are read with; what the graph asks for is seen when it loads."""
+    files = {file.path for file in artifact.files}
+    if not files & {TOKENIZER, SPEC}:
+        raise SlimpiError(f"{artifact.id} has no {TOKENIZER} or {SPEC} among its files. Build it again.")
+    if TOKENIZER in files and artifact.max_tokens < 1:
         raise SlimpiError(f"{artifact.id} has max_tokens {artifact.max_tokens}, texts are cut there. Build it again.")
-    if have == CLASSIFIER and "tokenizer.json" not in {file.path for file in artifact.files}:
-        raise SlimpiError(f"{artifact.id} has no tokenizer.json among its files. Build it again.")

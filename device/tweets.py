@@ -6,11 +6,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from device.classifier import OnnxClassifier
 from device.inputs import read_columns
-from device.runtimes import OnnxClassifier
 from device.samples import Taken, from_values, measurement, values
 from device.schema import Artifact, Job, Measurement, Sample, SlimpiError, Tweets
 from device.wire import Request, Started
+from device.words import Text
 
 # Throughput is timed over a fixed part of the rows: enough batches to average over lengths, few enough that the
 # passes cost a fraction of the row-by-row part.
@@ -19,19 +20,27 @@ N_PASS_BATCHES, N_PASSES, N_WARMUP_PASSES = 8, 5, 1
 
 def run_tweets(request: Request, task: Tweets) -> Iterator[Started | Sample]:
     """Per row: latency_ms (tokenization and inference of this text alone), predicted and true label. Then pass_ms:
-    tokenization and inference of a fixed part of the rows in batches, sorted by length so that little is padded."""
+    tokenization and inference of a fixed part of the rows in batches of like length, and what share is padding."""
     job = request.job
-    rows = read_columns(job, task.dataset, [task.text_column, task.label_column], task.limit)
-    texts = [row[0] for row in rows]
     with OnnxClassifier(Path(job.artifact_dir), job.artifact, job.threads) as model:
-        labels = parse_labels([row[1] for row in rows], job.artifact, model.n_labels)
-        yield Started(total=task.warmup + 3 * len(rows) + N_WARMUP_PASSES + N_PASSES)
+        texts, cells = read_labelled(job, task, model.reads_keywords)
+        labels = parse_labels(cells, job.artifact, model.n_labels)
+        yield Started(total=task.warmup + 3 * len(texts) + 2 * (N_WARMUP_PASSES + N_PASSES))
         yield from _classify_each(request, task, model, texts, labels)
         yield from _time_passes(request, task, model, texts)
 
 
+def read_labelled(job: Job, task: Tweets, reads_keywords: bool) -> tuple[list[Text], list[str]]:
+    """The rows' texts, with their keywords where they are read, and their labels as written."""
+    if reads_keywords and not task.keyword_column:
+        raise SlimpiError(f"{job.artifact.id} reads a keyword of each text. Name its column: keyword_column.")
+    keyword = [task.keyword_column] if reads_keywords else []
+    rows = read_columns(job, task.dataset, [task.label_column, task.text_column, *keyword], task.limit)
+    return [Text(*row[1:]) for row in rows], [row[0] for row in rows]
+
+
 def _classify_each(
-    request: Request, task: Tweets, model: OnnxClassifier, texts: list[str], labels: list[int]
+    request: Request, task: Tweets, model: OnnxClassifier, texts: list[Text], labels: list[int]
 ) -> Iterator[Sample]:
     done = min(request.first_missing("latency_ms", warmup=task.warmup), request.first_missing("predicted", "label"))
     if done == len(texts):
@@ -49,18 +58,17 @@ def _classify_each(
         yield request.sample("label", i, labels[i])
 
 
-def _time_passes(request: Request, task: Tweets, model: OnnxClassifier, texts: list[str]) -> Iterator[Sample]:
+def _time_passes(request: Request, task: Tweets, model: OnnxClassifier, texts: list[Text]) -> Iterator[Sample]:
     count = pass_size(task, len(texts))
     part = [texts[i * len(texts) // count] for i in range(count)]
-    done = request.first_missing("pass_ms", warmup=N_WARMUP_PASSES)
+    done = request.first_missing("pass_ms", "padding", warmup=N_WARMUP_PASSES)
     if done == N_PASSES:
         return
     for i in (*range(N_WARMUP_PASSES), *range(N_WARMUP_PASSES + done, N_WARMUP_PASSES + N_PASSES)):
         begin_ns = time.perf_counter_ns()
-        ordered = sorted(part, key=len)
-        for start in range(0, count, task.batch_size):
-            model.logits(ordered[start : start + task.batch_size])
+        _, padding = model.logits_in_batches(part, task.batch_size)
         yield request.sample("pass_ms", i, _ms_since(begin_ns), warmup=i < N_WARMUP_PASSES)
+        yield request.sample("padding", i, padding, warmup=i < N_WARMUP_PASSES)
 
 
 def pass_size(task: Tweets, n_rows: int) -> int:
@@ -83,7 +91,7 @@ def summarize_tweets(task: Tweets, taken: Taken, job: Job) -> list[Measurement]:
     average = "label 1" if n_labels == 2 else f"macro over {n_labels} labels"
     timed = {**data, "threads": job.threads, "timed": "tokenization and inference"}
     size = pass_size(task, len(labels))
-    batched = {**timed, "batch_size": task.batch_size, "n_texts": size, "padding": "longest of the batch, sorted"}
+    batched = {**timed, "batch_size": task.batch_size, "n_texts": size, "batches": "of like length"}
     hits = [float(p == t) for p, t in zip(predicted, labels, strict=True)]
     scores = precision_recall_f1(labels, predicted, n_labels)
     return [
@@ -94,6 +102,7 @@ def summarize_tweets(task: Tweets, taken: Taken, job: Job) -> list[Measurement]:
         ),
         measurement(job, "latency_ms", "ms", taken["latency_ms"], False, {**timed, "batch_size": 1}),
         measurement(job, "tweets_per_s", "text/s", taken["pass_ms"], True, batched, lambda ms: size * 1000.0 / ms),
+        measurement(job, "padding", "fraction", taken["padding"], False, batched),
     ]
 
 

@@ -19,6 +19,7 @@ Series = Literal[
     "predicted",
     "label",
     "pass_ms",
+    "padding",
     "max_abs_logit_diff",
     "kl_nats",
     "top1",

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from device.schema import Artifact, Dataset, Job, Task, describe_file
+from device.schema import Artifact, Dataset, Job, Task, describe_file, encode
+from device.words import WordSpec
 
 TEXT = (
     "The kettle sang before the house was up. Rain had come in the night and gone again, and the yard held "
@@ -151,6 +152,71 @@ def write_classifier(folder: Path, n_labels: int = 2, seed: int = 0) -> None:
     onnx.save(model, folder / "model.onnx")
 
 
+VOCABULARY = ["", "<UNK>", "fire", "flood", "smoke", "the", "is", "a"]
+KEYWORDS = ("fire", "car%20crash")
+
+
+def write_word_classifier(folder: Path, tokens: bool = False, seed: int = 0) -> None:
+    """model.onnx (mean word vector + keyword vector + numbers + counted terms, to two labels) and words.json; with
+    `tokens` also the mean piece vector of `write_classifier`'s tokenizer: an ensemble."""
+    if tokens:
+        write_classifier(folder)
+    spec = WordSpec(
+        steps=["urls", "lower"], vocabulary=VOCABULARY, keywords=KEYWORDS, numbers=("punctuation_count",), max_words=8
+    )
+    (folder / "words.json").write_bytes(encode(spec))
+    rng = np.random.default_rng(seed)
+    constants = {
+        "words": rng.standard_normal((len(VOCABULARY), 2)).astype(np.float32),
+        "keywords": rng.standard_normal((len(KEYWORDS) + 1, 2)).astype(np.float32),
+        "weight": rng.standard_normal((1, 2)).astype(np.float32),
+        "pieces": rng.standard_normal((64, 2)).astype(np.float32),
+        "axis": np.array([1], dtype=np.int64),
+        "last": np.array([2], dtype=np.int64),
+        "zero": np.array(0, dtype=np.int64),
+    }
+    node = helper.make_node
+    nodes = [
+        node("Gather", ["words", "word_ids"], ["vectors"]),
+        node("Equal", ["word_ids", "zero"], ["padding"]),
+        node("Not", ["padding"], ["real"]),
+        node("Cast", ["real"], ["mask"], to=TensorProto.FLOAT),
+        node("Unsqueeze", ["mask", "last"], ["wide"]),
+        node("Mul", ["vectors", "wide"], ["masked"]),
+        node("ReduceSum", ["masked", "axis"], ["text"], keepdims=0),
+        node("Gather", ["keywords", "keyword_ids"], ["keyword"]),
+        node("MatMul", ["numbers", "weight"], ["number"]),
+        node("Gather", ["words", "term_ids"], ["terms"]),
+        node("Unsqueeze", ["term_counts", "last"], ["counts"]),
+        node("Mul", ["terms", "counts"], ["counted"]),
+        node("ReduceSum", ["counted", "axis"], ["term"], keepdims=0),
+        node("Sum", ["text", "keyword", "number", "term", *(["piece"] if tokens else [])], ["logits"]),
+    ]
+    shapes = {
+        "word_ids": (TensorProto.INT64, ["b", "w"]),
+        "keyword_ids": (TensorProto.INT64, ["b"]),
+        "numbers": (TensorProto.FLOAT, ["b", 1]),
+        "term_ids": (TensorProto.INT64, ["b", "t"]),
+        "term_counts": (TensorProto.FLOAT, ["b", "t"]),
+    }
+    if tokens:
+        shapes |= {name: (TensorProto.INT64, ["b", "p"]) for name in ("input_ids", "attention_mask")}
+        nodes[0:0] = [
+            node("Gather", ["pieces", "input_ids"], ["every"]),
+            node("Cast", ["attention_mask"], ["attended"], to=TensorProto.FLOAT),
+            node("Unsqueeze", ["attended", "last"], ["attended_wide"]),
+            node("Mul", ["every", "attended_wide"], ["kept"]),
+            node("ReduceSum", ["kept", "axis"], ["piece"], keepdims=0),
+        ]
+    inputs = [helper.make_tensor_value_info(name, kind, shape) for name, (kind, shape) in shapes.items()]
+    out = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["b", 2])
+    tensors = [numpy_helper.from_array(array, name) for name, array in constants.items()]
+    graph = helper.make_graph(nodes, "words", inputs, [out], tensors)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    onnx.checker.check_model(model)
+    onnx.save(model, folder / "model.onnx")
+
+
 def write_csv(
     path: Path, rows: list[tuple[str, Any]] | None = None, columns: tuple[str, str] = ("text", "target")
 ) -> None:
@@ -159,8 +225,9 @@ def write_csv(
 
 
 def artifact(folder: Path, kind: str, **changes: Any) -> Artifact:
-    """The manifest of what lies in `folder`: model.gguf, or model.onnx and tokenizer.json."""
-    names = ["model.gguf"] if kind == "gguf" else ["model.onnx", "tokenizer.json"]
+    """The manifest of what lies in `folder`: model.gguf, or model.onnx and what its texts are read with."""
+    readers = [name for name in ("tokenizer.json", "words.json") if (folder / name).exists()]
+    names = ["model.gguf"] if kind == "gguf" else ["model.onnx", *readers]
     if changes.get("golden"):
         names.append(changes["golden"].file)
     fields: dict[str, Any] = {

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from device import inputs, language, parity, runtimes, tweets
+from device.classifier import OnnxClassifier
 from device.schema import (
     Dataset,
     Job,
@@ -30,6 +31,7 @@ from device.schema import (
 )
 from device.tasks import TASKS
 from device.wire import Request, Started
+from device.words import Text
 
 
 @pytest.fixture(scope="module")
@@ -187,25 +189,26 @@ def test_a_context_too_small_is_an_error_not_a_crash(world: World) -> None:
 
 def test_classifier_pads_only_inside_a_batch(world: World) -> None:
     fake = artifact(world.root / "classifier", "onnx")
-    with runtimes.OnnxClassifier(world.root / "classifier", fake, 1) as model:
-        texts = [text for text, _ in TWEETS]
+    with OnnxClassifier(world.root / "classifier", fake, 1) as model:
+        texts = [Text(text) for text, _ in TWEETS]
         alone = np.concatenate([model.logits([text]) for text in texts])
         np.testing.assert_allclose(model.logits(texts), alone, atol=1e-6)
-        assert [len(model._tokenizer.encode_batch([t])[0].ids) for t in ("a", "a a a")] == [3, 5]
-        assert len(model._tokenizer.encode_batch(["a " * 100])[0].ids) == fake.max_tokens
+        lengths = [text.length for text in model.encode([Text("a"), Text("a a a"), Text("a " * 100), Text("")])]
+        assert lengths == [3, 5, fake.max_tokens, 2]
 
 
 def test_tweets_equal_a_computation_by_hand(world: World) -> None:
     job = world.job("onnx", [Tweets(dataset=world.dataset("tweets.csv"), batch_size=3, warmup=2)])
     results = measure(job)
-    with runtimes.OnnxClassifier(world.root / "classifier", job.artifact, 1) as model:
-        predicted = [int(model.logits([text]).argmax()) for text, _ in TWEETS]
+    with OnnxClassifier(world.root / "classifier", job.artifact, 1) as model:
+        predicted = [int(model.logits([Text(text)]).argmax()) for text, _ in TWEETS]
     hits = [float(p == label) for p, (_, label) in zip(predicted, TWEETS, strict=True)]
     assert 0 < sum(hits) < len(hits), "a trivial case would prove nothing"
     assert results["accuracy"].samples == hits
     assert (len(results["latency_ms"].warmup), len(results["latency_ms"].samples)) == (2, len(TWEETS))
     assert (len(results["tweets_per_s"].warmup), len(results["tweets_per_s"].samples)) == (1, 5)
     assert results["tweets_per_s"].conditions["n_texts"] == len(TWEETS)
+    assert len(set(results["padding"].samples)) == 1
     assert results["f1"].n == results["precision"].n == results["recall"].n == 1
 
 
@@ -256,7 +259,8 @@ def test_golden_texts_come_from_tables_and_plain_files(world: World, data_dir: P
     job = world.job("onnx", [Tweets(dataset=world.dataset("tweets.csv"))], data_dir=str(data_dir))
 
     def first(path: str, count: int) -> list[str]:
-        return inputs.read_texts(job, Dataset(name=path, file=describe_file(data_dir, path)), count)
+        dataset = Dataset(name=path, file=describe_file(data_dir, path))
+        return [text.text for text in inputs.read_texts(job, dataset, count)]
 
     assert first("tweets/test.csv", 1) == ["Just happened a terrible car crash"]
     assert first("glue/sst2_validation.tsv", 1) == ["it 's a charming and often affecting journey . "]

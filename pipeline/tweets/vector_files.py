@@ -124,8 +124,8 @@ _MASK = 2**64 - 1
 _FIRST_SYMBOL = 398
 _SYMBOLS = """
 acomp advcl advmod agent amod appos attr aux auxpass cc ccomp complm conj cop csubj csubjpass dep det dobj expl hmod
-hyph infmod intj iobj mark meta neg nmod nn npadvmod nsubj nsubjpass num number oprd obj obl parataxis partmod pcomp pobj
-poss possessive preconj prep prt punct quantmod relcl rcmod root xcomp acl
+hyph infmod intj iobj mark meta neg nmod nn npadvmod nsubj nsubjpass num number oprd obj obl parataxis partmod pcomp
+pobj poss possessive preconj prep prt punct quantmod relcl rcmod root xcomp acl
 """.split()  # noqa: SIM905 - readable
 _SYMBOL_IDS = {name: number for number, name in enumerate(_SYMBOLS, start=_FIRST_SYMBOL)}
 
