@@ -154,6 +154,12 @@ def _describe(
 def _with_golden(context: Context, artifact: Artifact, folder: Path) -> Artifact:
     """Run the agent's `record_golden` on this machine and add its file to the artifact."""
     golden = context.recipe.golden
+    task = RecordGolden(
+        dataset=describe_dataset(golden.dataset, context.places),
+        n=golden.n,
+        n_tokens=golden.n_tokens,
+        keyword_column=context.recipe.bench.keyword_column,
+    )
     work = folder / ".golden"
     job = Job(
         id=f"golden-{artifact.id}"[:120],
@@ -161,9 +167,7 @@ def _with_golden(context: Context, artifact: Artifact, folder: Path) -> Artifact
         artifact_dir=str(folder),
         data_dir=str(context.places.datasets),
         work_dir=str(work),
-        tasks=[
-            RecordGolden(dataset=describe_dataset(golden.dataset, context.places), n=golden.n, n_tokens=golden.n_tokens)
-        ],
+        tasks=[task],
         threads=context.threads,
         provenance="host",
     )

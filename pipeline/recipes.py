@@ -81,7 +81,10 @@ class Golden(_Config, frozen=True, kw_only=True):
 
 
 class Bench(_Config, frozen=True, kw_only=True):
-    """What the device runs. Dataset names are resolved by `sources.dataset`."""
+    """What the device runs. Dataset names are resolved by `sources.dataset`.
+
+    keyword_column: of `rows` and of the golden dataset, read only for a classifier that asks for keywords; "" = none.
+    """
 
     text: str = "demo:prose_test.txt"
     n_ctx: Annotated[int, Meta(ge=8, le=131072)] = 512
@@ -92,6 +95,7 @@ class Bench(_Config, frozen=True, kw_only=True):
     rows: str = "demo:tweets_test.csv"
     text_column: str = "text"
     label_column: str = "target"
+    keyword_column: str = "keyword"
     limit: Count = 0
 
 
