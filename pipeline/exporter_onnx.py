@@ -14,7 +14,7 @@ from pipeline.recipes import Train
 from pipeline.store import digest, stage
 from pipeline.tweets import data, head
 from pipeline.tweets.calibration import Calibration
-from pipeline.tweets.classifiers import settings_of, with_max_tokens
+from pipeline.tweets.classifiers import settings_of, vector_files, with_max_tokens
 from pipeline.tweets.decide import train_decider
 
 
@@ -100,7 +100,8 @@ def _trained_classifier(context: Context, train: Train) -> Prepared:
             decider.export(folder)
             write_atomic(folder / "calibration.json", encode(decider.calibration))
 
-    key = ["train", context.source.sha256, sha256_file(rows), train, settings]
+    vectors = [sources.hash_path(path) for path in vector_files(settings)]
+    key = ["train", context.source.sha256, sha256_file(rows), train, settings, vectors]
     base = stage(places.stages, f"{recipe.name}-base", key, make, context.progress.say)
     fitted = read_record(base / "calibration.json", Calibration)
     step = Step(

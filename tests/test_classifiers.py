@@ -255,7 +255,7 @@ def test_members_that_read_texts_differently_are_refused(places: Path) -> None:
         combine([a, b], [1, 1], [1, 1])
     c = fit("embeddings", places).model
     with pytest.raises(SlimpiError, match="different tokenizers or max_tokens"):
-        combine([c, replace(c, max_tokens=7)], [1, 1], [1, 1])
+        combine([c, replace(c, embedder=replace(c.embedder, max_tokens=7))], [1, 1], [1, 1])
 
 
 @pytest.mark.parametrize(

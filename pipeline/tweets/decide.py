@@ -74,9 +74,9 @@ def train_decider(
 ) -> Decider:
     """Train a classifier of CLASSIFIERS on tweets, of which a share is held out to stop, calibrate and decide by.
 
-    table: its settings; source: the folder of its encoder, if it has one; cache: where word vectors are kept; work: where
-    a search is, to go on from. The same arguments give the same classifier. SlimpiError for unknown names and settings,
-    and tweets that cannot be split.
+    table: its settings; source: the folder of its encoder, if it has one; cache: where word vectors are kept; work:
+    where a search is, to go on from. The same arguments give the same classifier. SlimpiError for unknown names and
+    settings, and tweets that cannot be split.
     """
     parts = split(tweets, validation_share, seed)
     train, held = ([tweets[i] for i in part] for part in (parts.train, parts.test))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -14,6 +15,7 @@ from pipeline.tweets.classifiers.lstm import LSTM
 from pipeline.tweets.classifiers.mlp import MLP
 from pipeline.tweets.classifiers.multi_input import MULTI_INPUT
 from pipeline.tweets.classifiers.tfidf import TFIDF
+from pipeline.tweets.embeddings import NAMED
 from pipeline.tweets.settings import Settings
 
 CLASSIFIERS: dict[str, Classifier] = {
@@ -50,3 +52,12 @@ def _member_with(member: Any, max_tokens: int) -> Any:
         return member  # refused by settings_of, which knows how to say it
     name = str(member.get("classifier", ""))
     return member | {"settings": with_max_tokens(name, member.get("settings", {}), max_tokens)}
+
+
+def vector_files(table: dict[str, Any]) -> list[Path]:
+    """Files of word vectors that a settings table names, members' included: their content is part of what is built."""
+    members = table.get("members", [])
+    inner = [m.get("settings", {}) for m in members if isinstance(m, dict)] if isinstance(members, list) else []
+    names = [name for part in (table, *inner) if isinstance(part, dict) for name in part.get("vectors", [])]
+    paths = [Path(str(name).removeprefix("path:")).expanduser() for name in names if str(name) not in NAMED]
+    return [path for path in paths if path.exists()]

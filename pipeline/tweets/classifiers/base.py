@@ -76,7 +76,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Classifier:
-    """One entry of CLASSIFIERS. settings: the type of its settings table."""
+    """One entry of CLASSIFIERS. settings: the type of its settings table; needs_source: whether it has an encoder."""
 
     settings: type[Settings]
     train: Callable[[Job, Any], Trained]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import msgspec
@@ -107,27 +107,63 @@ def find_components(job: Job, settings: TransformerSettings) -> Evolved:
 
 
 @dataclass(frozen=True)
-class EmbeddingModel:
-    """Logistic regression on the mean of an encoder's last hidden states, standardization folded into the weights."""
+class Embedder:
+    """The mean of an encoder's last hidden states over a text's own tokens; what was computed is kept (`known`), since
+    it is the same in all folds."""
 
     encoder: Encoder
     max_tokens: int
+    known: dict[str, FloatArray] = field(default_factory=dict)
+
+    def features(self, texts: Sequence[str], progress: Tick = quiet) -> FloatArray:
+        """(n, hidden)."""
+        new = sorted({text for text in texts if text not in self.known}, key=len)
+        body = self.encoder.model.base_model.eval()
+        with torch.inference_mode():
+            for start in range(0, len(new), BATCH_SIZE):
+                part = new[start : start + BATCH_SIZE]
+                batch = encode_batch(self.encoder, part, self.max_tokens)
+                states = body(**batch).last_hidden_state
+                mask = batch["attention_mask"][:, :, None].to(states.dtype)
+                means = ((states * mask).sum(1) / mask.sum(1)).double().numpy()
+                self.known.update(zip(part, means, strict=True))
+                progress(start + len(part), len(new), "texts")
+        return np.stack([self.known[text] for text in texts])
+
+
+@lru_cache(maxsize=1)
+def _embedder(folder: Path, max_tokens: int, tidy: bool) -> Embedder:
+    encoder = load_encoder(folder, LABELS, max_tokens)
+    if tidy:
+        tidy_tokenizer(encoder)
+    return Embedder(encoder, max_tokens)
+
+
+@dataclass(frozen=True)
+class EmbeddingModel:
+    """Logistic regression on an encoder's mean states, standardization folded into the weights."""
+
+    embedder: Embedder
     weight: FloatArray
     bias: float
     c: float
     spec: WordSpec | None = None
 
+    @property
+    def max_tokens(self) -> int:
+        return self.embedder.max_tokens
+
     @cached_property
     def tokenizer(self) -> str:
-        return onnx.bare_tokenizer(self.encoder.tokenizer).decode()
+        return onnx.bare_tokenizer(self.embedder.encoder.tokenizer).decode()
 
     def log_odds(self, tweets: Sequence[Tweet]) -> FloatArray:
-        return mean_states(self.encoder, [tweet.text for tweet in tweets], self.max_tokens) @ self.weight + self.bias
+        return self.embedder.features([tweet.text for tweet in tweets]) @ self.weight + self.bias
 
     def add_to(self, graph: Graph) -> str:
-        states = graph.embed(
-            onnx.exported(_body(self.encoder), "feature-extraction"), "last_hidden_state", f"{graph.prefix}encoder."
-        )
+        encoder = self.embedder.encoder
+        body = Encoder(encoder.model.base_model, encoder.tokenizer, ())
+        states = graph.embed(onnx.exported(body, "feature-extraction"), "last_hidden_state", f"{graph.prefix}encoder.")
         axis = graph.constant(np.array([1], np.int64))
         mask = graph.add("Cast", [graph.input("attention_mask")], to=1)
         column = graph.add("Unsqueeze", [mask, graph.constant(np.array([2], np.int64))])
@@ -140,46 +176,22 @@ class EmbeddingModel:
 def train_embedding(job: Job, settings: EmbeddingSettings) -> EmbeddingModel:
     from sklearn.linear_model import LogisticRegression
 
-    encoder = load_encoder(_folder(job), LABELS, settings.max_tokens, job.seed)
-    if settings.tidy:
-        tidy_tokenizer(encoder)
-    features, held = (
-        mean_states(encoder, [t.text for t in part], settings.max_tokens) for part in (job.tweets, job.validation)
-    )
+    embedder = _embedder(_folder(job), settings.max_tokens, settings.tidy)
+    features, held = (embedder.features([t.text for t in part], job.progress) for part in (job.tweets, job.validation))
     centre, scale = features.mean(axis=0), features.std(axis=0)
     scale[scale == 0] = 1.0
     best: tuple[float, EmbeddingModel] | None = None
-    for done, c in enumerate(settings.c, start=1):
+    for c in settings.c:
         fit = LogisticRegression(C=c, max_iter=MAX_ITERATIONS).fit((features - centre) / scale, labels(job.tweets))
         weight = fit.coef_[0] / scale
         bias = float(fit.intercept_[0] - weight @ centre)
         z = held @ weight + bias
         loss = cross_entropy(np.stack([-z / 2, z / 2], axis=1), labels(job.validation))
-        job.progress(done, len(settings.c), f"C, validation loss {loss:.4f}")
         if best is None or loss < best[0]:
-            best = loss, EmbeddingModel(encoder, settings.max_tokens, weight, bias, c)
+            best = loss, EmbeddingModel(embedder, weight, bias, c)
     if best is None:
         raise SlimpiError("`c` is empty. Name at least one, such as 0.01.")
     return best[1]
-
-
-def mean_states(encoder: Encoder, texts: Sequence[str], max_tokens: int) -> FloatArray:
-    """(n, hidden) mean of the last hidden states over each text's own tokens."""
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    body = encoder.model.base_model.eval()
-    out = np.zeros((len(texts), encoder.model.config.hidden_size))
-    with torch.inference_mode():
-        for start in range(0, len(order), BATCH_SIZE):
-            part = order[start : start + BATCH_SIZE]
-            batch = encode_batch(encoder, [texts[i] for i in part], max_tokens)
-            states = body(**batch).last_hidden_state
-            mask = batch["attention_mask"][:, :, None].to(states.dtype)
-            out[part] = ((states * mask).sum(1) / mask.sum(1)).numpy()
-    return out
-
-
-def _body(encoder: Encoder) -> Encoder:
-    return Encoder(encoder.model.base_model, encoder.tokenizer, ())
 
 
 def _folder(job: Job) -> Path:

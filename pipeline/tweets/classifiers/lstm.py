@@ -63,4 +63,4 @@ def train(job: Job, settings: LstmSettings) -> WordModel:
     return train_net(net, WordSpec(steps=settings.steps, vocabulary=words, max_words=settings.max_words), job, settings)
 
 
-LSTM = Classifier(LstmSettings, train)
+LSTM = Classifier(LstmSettings, train, needs_source=False)

@@ -116,4 +116,4 @@ def train(job: Job, settings: MultiInputSettings) -> WordModel:
     return train_net(net, spec, job, settings)
 
 
-MULTI_INPUT = Classifier(MultiInputSettings, train)
+MULTI_INPUT = Classifier(MultiInputSettings, train, needs_source=False)

@@ -38,9 +38,9 @@ class NetSettings(WordSettings, frozen=True, kw_only=True):
     train_vectors: bool = False
     dropout: float = 0.1
     l2: float = 1e-3
-    learning_rate: float = 1e-3
-    batch_size: int = 32
-    epochs: int = 15
+    learning_rate: float = 2e-3
+    batch_size: int = 64
+    epochs: int = 12
     patience: int = 3
 
 
