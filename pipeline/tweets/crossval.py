@@ -120,8 +120,8 @@ def score_fold(tweets: Sequence[Tweet], found: Predictions, seed: int, fold: int
     targets = labels(tweets)
     tuned = calibrate(found.validation_log_odds, targets[found.validation], "f1")
     expected = targets[found.test]
-    half = found.test_log_odds >= 0  # the temperature does not move 0.5
-    chosen = tuned.margins(found.test_log_odds) >= 0
+    half = (found.test_log_odds >= 0).astype(np.int64)  # the temperature does not move 0.5
+    chosen = (tuned.margins(found.test_log_odds) >= 0).astype(np.int64)
     before, after = _test_ece(tuned, found.test_log_odds, expected)
     return FoldScore(
         seed=seed,

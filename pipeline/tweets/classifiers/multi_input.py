@@ -41,6 +41,7 @@ class MultiInputNet(WordNet):
     """scaling: mean and standard deviation (2, k) of the numbers over the training tweets; part of the graph."""
 
     inputs = ("word_ids", "keyword_ids", "numbers")
+    scaling: torch.Tensor
 
     def __init__(
         self, table: torch.Tensor, n_keywords: int, scaling: torch.Tensor, settings: MultiInputSettings
