@@ -31,7 +31,6 @@ from quality_rows import Score, mean_interval
 from device.schema import File, Record, SlimpiError, encode, read_record, sha256_file, write_atomic
 from pipeline import plan as plans
 from pipeline import plan_costs, plan_milp, quantize, sources
-from pipeline.architectures import layer_folds
 from pipeline.calibration_stages import input_stats
 from pipeline.checkpoint import Checkpoint, Tensor, load
 from pipeline.export.gguf import EncodedTensor, export_gguf, gguf_tensors
@@ -151,24 +150,13 @@ def saved_errors(model: Model, path: Path, progress: Progressor) -> Callable[[st
 
 def write_model(model: Model, method: str, plan: Mapping[str, str], out: Path, progress: Progressor) -> float:
     """The weights that the codes stand for, as F16; returns the seconds quantizing took."""
-    tensors = gguf_tensors(model.checkpoint)
-    folds = layer_folds(model.checkpoint.architecture, model.checkpoint.config)
-    device = quantize.compute_device()
-    made: dict[str, EncodedTensor] = {}
+    formats = {name: FORMATS[kind] for name, kind in plan.items()}
     began = time.monotonic()
-    n_layers = model.checkpoint.config["num_hidden_layers"]
     with progress.step(f"quantize by {method}") as tick:
-        for index in range(n_layers):
-            prefix = f"blk.{index}."
-            formats = {n.removeprefix(prefix): FORMATS[kind] for n, kind in plan.items() if n.startswith(prefix)}
-            stats = {n.removeprefix(prefix): s for n, s in model.stats.items() if n.startswith(prefix)}
-            result = METHODS[method].run(quantize.read_layer(tensors, index, folds, device), stats, formats)
-            for name, tensor in result.tensors.items():
-                made[prefix + name] = _as(GGMLQuantizationType.F16, tensor.dequantize().half().cpu().numpy())
-            for name, vector in result.vectors.items():
-                made[prefix + name] = _as(GGMLQuantizationType.F32, vector.float().cpu().numpy())
-            tick(index + 1, n_layers, "layers")
+        codes, vectors, _ = quantize.quantize_in_memory(model.checkpoint, method, formats, model.stats, tick)
     took_s = time.monotonic() - began
+    made = {n: _as(GGMLQuantizationType.F16, q.dequantize().half().cpu().numpy()) for n, q in codes.items()}
+    made |= {n: _as(GGMLQuantizationType.F32, after.float().numpy()) for n, (_, after) in vectors.items()}
 
     def encoded(name: str, tensor: Tensor) -> EncodedTensor | None:
         return made.get(name)

@@ -61,10 +61,11 @@ class Built(Record, frozen=True, kw_only=True):
 
 
 class Row(Record, frozen=True, kw_only=True):
-    """One recipe's folds, in the order they were scored."""
+    """One recipe's folds, in the order they were scored. grouped: near-duplicates stay on one side of a split."""
 
     recipe: str
     classifier: str
+    grouped: bool = True
     folds: list[FoldScore]
     built: Built | None = None
 
@@ -102,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--only", action="append", help="a recipe's name (repeatable; default all models/tweets-*.toml)")
     add("--seeds", type=at_least(1), default=1, help="ways to make the folds and train (default %(default)s)")
     add("--folds", type=at_least(2), default=5, help="(default %(default)s)")
+    add("--ungrouped", action="store_true", help="let near-duplicates straddle folds, as published figures do")
     add("--no-artifacts", action="store_true", help="cross-validate only")
     add("--machine", default=default_machine(), help="folder under the results (default %(default)s)")
     return parser
@@ -116,12 +118,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         recipes = find_recipes(options.only)
         out = where.results / options.machine / "tweets.json"
         tweets = tuple(read_tweets(find_table(options.rows, where.sources)))
-        setup = Setup(tweets, None, where.sources, out.with_suffix("") / "folds", options.folds)
+        setup = Setup(tweets, None, where.sources, out.with_suffix("") / "folds", options.folds, not options.ungrouped)
         run = Run(setup, where, progress, out, options.rows, options.test)
         for recipe in recipes:
             for seed in range(options.seeds):
                 cross_validate(run, recipe, seed)
-            if not options.no_artifacts:
+            if not (options.no_artifacts or options.ungrouped):
                 keep(run, recipe, finish(run, recipe))
     except SlimpiError as error:
         print(f"tweets: {error}", file=sys.stderr)
@@ -160,15 +162,18 @@ def keep(run: Run, recipe: Recipe, found: FoldScore | Built) -> None:
     study = read_record(run.out, Study) if run.out.exists() else _empty(run)
     if (study.rows_name, study.n_rows, study.n_folds) != (run.rows, len(run.setup.tweets), run.setup.n_folds):
         raise SlimpiError(f"{run.out} is about {study.n_rows} rows of {study.rows_name}. Move it or name a --machine.")
-    rows = {row.recipe: row for row in study.rows}
+    rows = {(row.recipe, row.grouped): row for row in study.rows}
     assert recipe.train is not None
-    row = rows.get(recipe.name) or Row(recipe=recipe.name, classifier=recipe.train.classifier, folds=[])
+    key = recipe.name, run.setup.grouped
+    row = rows.get(key) or Row(
+        recipe=recipe.name, classifier=recipe.train.classifier, grouped=run.setup.grouped, folds=[]
+    )
     if isinstance(found, Built):
         row = msgspec.structs.replace(row, built=found)
     else:
         others = [f for f in row.folds if (f.seed, f.fold) != (found.seed, found.fold)]
         row = msgspec.structs.replace(row, folds=sorted([*others, found], key=lambda f: (f.seed, f.fold)))
-    rows[recipe.name] = row
+    rows[key] = row
     write_atomic(run.out, encode(msgspec.structs.replace(study, rows=list(rows.values()))))
 
 
@@ -227,49 +232,60 @@ def _latency(run: Run, folder: Path, artifact: Artifact) -> tuple[float, float, 
 
 
 def as_markdown(study: Study) -> str:
-    """The report's table beside ours. accuracy and F1 at probability 0.5, mean +- sd over folds; then the F1 at the
+    """The report's table beside ours. accuracy and F1 at probability 0.5, mean ± sd over folds; then F1 at the
     threshold of the best validation F1, and the accuracy there."""
     lines = [
-        "| classifier | report's test accuracy | accuracy | F1 | F1, tuned threshold (accuracy) | calibration error "
-        "before -> after | MiB | latency p50 / p90 ms (host) |",
-        "|---|---|---|---|---|---|---|---|",
+        "| classifier | the report's accuracy | accuracy | F1 | F1, tuned threshold (accuracy) | near-duplicates may "
+        "straddle: accuracy | calibration error, before -> after | MiB | latency p50 / p90 ms (host) |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for row in sorted(study.rows, key=lambda row: fmean(f.accuracy for f in row.folds) if row.folds else 0):
-        if not row.folds:
-            continue
+    loose = {row.recipe: row for row in study.rows if not row.grouped}
+    rows = [row for row in study.rows if row.grouped and row.folds]
+    for row in sorted(rows, key=lambda row: fmean(f.accuracy for f in row.folds)):
         label, reported = REPORT.get(row.recipe, ("", None))
         mean = {name: fmean(getattr(f, name) for f in row.folds) for name in FoldScore.__struct_fields__[3:]}
-        sd = stdev(f.accuracy for f in row.folds) if len(row.folds) > 1 else 0.0
-        sd_f1 = stdev(f.f1 for f in row.folds) if len(row.folds) > 1 else 0.0
         built = row.built
         cells = [
             f"{row.recipe} ({len(row.folds)} folds)",
             f"{label} {reported:.2%}" if reported else "",
-            f"{mean['accuracy']:.2%} ± {sd:.2%}",
-            f"{mean['f1']:.3f} ± {sd_f1:.3f}",
+            _spread([f.accuracy for f in row.folds], 2, percent=True),
+            _spread([f.f1 for f in row.folds], 3),
             f"{mean['f1_tuned']:.3f} ({mean['accuracy_tuned']:.2%})",
+            _spread([f.accuracy for f in loose[row.recipe].folds], 2, percent=True) if row.recipe in loose else "",
             f"{mean['ece_before']:.3f} -> {mean['ece_after']:.3f}",
             f"{built.size_bytes / 2**20:.1f}" if built else "",
             f"{built.latency_ms_p50:.2f} / {built.latency_ms_p90:.2f}" if built else "",
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", *_verdicts(study)])
+    return "\n".join([*lines, "", *verdicts(study)])
 
 
-def _verdicts(study: Study) -> list[str]:
-    means = {row.recipe: fmean(f.accuracy for f in row.folds) for row in study.rows if row.folds}
+def _spread(values: Sequence[float], digits: int, percent: bool = False) -> str:
+    sd = stdev(values) if len(values) > 1 else 0.0
+    kind = "%" if percent else "f"
+    return f"{fmean(values):.{digits}{kind}} ± {sd:.{digits}{kind}}"
+
+
+def verdicts(study: Study) -> list[str]:
+    """The study's bars, by the grouped folds; beside them what folds say where near-duplicates straddle."""
+    means, loose = (
+        {row.recipe: fmean(f.accuracy for f in row.folds) for row in study.rows if row.folds and row.grouped == grouped}
+        for grouped in (True, False)
+    )
+    bars = {name: reported - WITHIN for name, (_, reported) in REPORT.items()} | BARS
     found = []
-    for name, (_, reported) in REPORT.items():
+    for name, bar in bars.items():
         if name in means:
-            verdict = "met" if means[name] >= reported - WITHIN else "missed"
-            found.append(f"- {name}: within 1.5 points of the report's {reported:.2%} or above: {verdict}")
-    for name, bar in BARS.items():
-        if name in means:
-            found.append(f"- {name} >= {bar:.1%}: {'met' if means[name] >= bar else 'missed'}")
+            also = f" (ungrouped {loose[name]:.2%}: {_verdict(loose[name], bar)})" if name in loose else ""
+            found.append(f"- {name} {means[name]:.2%}, asked {bar:.2%}: {_verdict(means[name], bar)}{also}")
     if means:
         best = max(means, key=lambda name: means[name])
-        found.append(f"- best ({best}) >= {BEST_BAR:.1%}: {'met' if means[best] >= BEST_BAR else 'missed'}")
+        found.append(f"- best, {best}, {means[best]:.2%}, asked {BEST_BAR:.2%}: {_verdict(means[best], BEST_BAR)}")
     return found
+
+
+def _verdict(value: float, bar: float) -> str:
+    return "met" if value >= bar else "missed"
 
 
 if __name__ == "__main__":

@@ -24,28 +24,33 @@ _NOTES_SHOWN = 3
 
 
 def _prepare_gguf(context: Context) -> Prepared:
-    recipe, progress = context.recipe, context.progress
+    recipe = context.recipe
     known = (*TYPES, *llama_codes.TYPES)
     if unknown := [t for t in recipe.plan.types if t not in known]:
         raise SlimpiError(
             f"recipe {recipe.name}: [plan] types has {unknown[0]!r}; a budget chooses from {', '.join(known)}."
         )
+    base, model = lossless(context)
+    lineage = [Step(action="convert", source=context.source.spec, settings={"dtype": "auto (lossless)"})]
+    if any(v in WITH_IMPORTANCE for v in recipe.variants):
+        importance_matrix(context, base)  # before any variant: a text that is no good is told at once
+    notes = [f"the reference: {note}" for note in model.notes]
+    return Prepared(base, model.vocab.sha256(), lineage, notes)
+
+
+def lossless(context: Context) -> tuple[Path, checkpoint.Checkpoint]:
+    """The source as a GGUF of its own values, and what it was read from."""
     model = checkpoint.load(context.source.path)
 
     def convert(folder: Path) -> None:
-        with progress.step("convert to GGUF, lossless") as tick:
+        with context.progress.step("convert to GGUF, lossless") as tick:
             gguf_export.export_gguf(
                 model, folder / "base.gguf", "auto", progress=lambda name, done, total: tick(done, total, name)
             )
 
-    base = stage(
-        context.places.stages, f"{recipe.name}-base", ["gguf-base", context.source.sha256], convert, progress.say
-    )
-    lineage = [Step(action="convert", source=context.source.spec, settings={"dtype": "auto (lossless)"})]
-    if any(v in WITH_IMPORTANCE for v in recipe.variants):
-        importance_matrix(context, base / "base.gguf")  # before any variant: a text that is no good is told at once
-    notes = [f"the reference: {note}" for note in model.notes]
-    return Prepared(base / "base.gguf", model.vocab.sha256(), lineage, notes)
+    key = ["gguf-base", context.source.sha256]
+    folder = stage(context.places.stages, f"{context.recipe.name}-base", key, convert, context.progress.say)
+    return folder / "base.gguf", model
 
 
 def _make_gguf(context: Context, prepared: Prepared, variant: str, folder: Path) -> Made:

@@ -6,9 +6,10 @@ from device.schema import SlimpiError
 from pipeline.exporter import Exporter
 from pipeline.exporter_gguf import GGUF
 from pipeline.exporter_onnx import ONNX
+from pipeline.exporter_onnx_lm import ONNX_LM
 from pipeline.recipes import Recipe
 
-EXPORTERS: dict[str, Exporter] = {"gguf": GGUF, "onnx": ONNX}
+EXPORTERS: dict[str, Exporter] = {"gguf": GGUF, "onnx": ONNX, "onnx-lm": ONNX_LM}
 
 
 def knows(recipe: Recipe, variant: str) -> bool:

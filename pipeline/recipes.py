@@ -104,7 +104,7 @@ class Recipe(_Config, frozen=True, kw_only=True):
 
     name: str
     source: str
-    export: Literal["gguf", "onnx"]
+    export: Literal["gguf", "onnx", "onnx-lm"]
     variants: list[str]
     sha256: str = ""
     note: str = ""

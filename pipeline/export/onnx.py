@@ -12,7 +12,7 @@ import contextlib
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,8 +129,8 @@ ONNX_VARIANTS: dict[str, Callable[[Path, Path], Path]] = {
 }
 
 
-def describe_onnx(path: Path) -> OnnxSummary:
-    """Types and sizes of the weights in `path`.
+def describe_onnx(path: Path, except_linear: Sequence[str] = ()) -> OnnxSummary:
+    """Types and sizes of the weights in `path`; those of except_linear do not count as linear layers.
 
     A weight is an fp32 initializer of rank >= 1 or an 8-bit one; index tensors and scalars of the graph are not.
     Its scales and zero points count as its bits. Linear weights are the right operands of matrix products.
@@ -139,6 +139,7 @@ def describe_onnx(path: Path) -> OnnxSummary:
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     blocks = {n.input[1]: {a.name: a.i for a in n.attribute} for n in graph.node if n.op_type == "MatMulNBits"}
     linear = {n.input[1] for n in graph.node if n.op_type in ("MatMul", "Gemm", "MatMulInteger")} | blocks.keys()
+    linear -= set(except_linear)
     types: dict[str, str] = {}
     n_weights = n_linear = bits = linear_bits = 0
     for name, tensor in tensors.items():
@@ -190,7 +191,7 @@ def exported(encoder: Encoder, task: str = "text-classification") -> onnx.ModelP
     """The model as optimum exports it for a task ("feature-extraction" of a body), weights under their own names."""
     from optimum.exporters.onnx import onnx_export_from_model
 
-    with tempfile.TemporaryDirectory(prefix="slimpi-onnx-") as scratch, _to_stderr(), quiet_transformers():
+    with tempfile.TemporaryDirectory(prefix="slimpi-onnx-") as scratch, to_stderr(), quiet_transformers():
         encoder.model.config._name_or_path = scratch  # optimum copies what it finds at that path; there is nothing
         try:
             onnx_export_from_model(encoder.model, Path(scratch), task=task, opset=OPSET, do_validation=False)
@@ -198,19 +199,19 @@ def exported(encoder: Encoder, task: str = "text-classification") -> onnx.ModelP
             kind = encoder.model.config.model_type
             raise SlimpiError(f"optimum cannot export a {kind} classifier: {error}. Use another encoder.") from error
         model = onnx.load(Path(scratch) / "model.onnx")
-    _name_weights(model, encoder.model.state_dict())
+    name_weights(model, encoder.model.state_dict())
     return model
 
 
 @contextlib.contextmanager
-def _to_stderr() -> Any:
+def to_stderr() -> Any:
     """Exporters print and warn of things that `_compare` checks; stdout is for results."""
     with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
-def _name_weights(model: onnx.ModelProto, parameters: dict[str, Any]) -> None:
+def name_weights(model: onnx.ModelProto, parameters: dict[str, Any]) -> None:
     """Give transposed weights, which exporters number (`onnx::MatMul_746`), their parameter's name back."""
     names = {p.numpy().T.tobytes(): name for name, p in parameters.items() if p.ndim == 2}
     renamed = {}

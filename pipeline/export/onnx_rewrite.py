@@ -45,7 +45,6 @@ class Rewriter:
         self.nodes: list[onnx.NodeProto] = []
         self.rewritten: dict[str, str] = {}
         self.activations: set[str] = set()
-        self.shapes: dict[str, tuple[int, int]] = {}
 
     def run(self) -> None:
         kept: list[onnx.NodeProto] = []

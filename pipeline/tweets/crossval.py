@@ -34,13 +34,15 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Setup:
-    """What the folds have in common. source: the encoder's folder; folder: where predictions are kept."""
+    """What the folds have in common. source: the encoder's folder; folder: where predictions are kept; grouped: whether
+    near-duplicates stay on one side. Without it scores are flattered, but comparable with those that others publish."""
 
     tweets: Sequence[Tweet]
     source: Path | None
     cache: Path
     folder: Path
     n_folds: int = 5
+    grouped: bool = True
 
 
 @dataclass(frozen=True)
@@ -78,10 +80,12 @@ def predict_fold(
     settings = settings_of(name, table)
     ids = digest([[t.id, t.text, t.keyword, t.target] for t in setup.tweets])
     key = [VERSION, name, msgspec.to_builtins(settings), ids, setup.n_folds, seed, fold, str(setup.source or "")]
+    if not setup.grouped:
+        key.append("ungrouped")
     path = setup.folder / f"{name}-seed{seed}-fold{fold}-{digest(key)[:16]}.npz"
     if path.exists():
         return _load(path)
-    rows, of_test = _rows(tuple(setup.tweets), setup.n_folds, seed, fold)
+    rows, of_test = _rows(tuple(setup.tweets), setup.n_folds, seed, fold, setup.grouped)
     train, held, test = ([setup.tweets[i] for i in index] for index in (rows.train, rows.test, of_test))
     source = setup.source if CLASSIFIERS[name].needs_source else None
     model = CLASSIFIERS[name].train(Job(train, held, source, setup.cache, setup.folder, seed, progress), settings)
@@ -91,11 +95,24 @@ def predict_fold(
 
 
 @lru_cache(maxsize=16)
-def _rows(tweets: tuple[Tweet, ...], n_folds: int, seed: int, fold: int) -> tuple[Split, IntArray]:
+def _rows(
+    tweets: tuple[Tweet, ...], n_folds: int, seed: int, fold: int, grouped: bool = True
+) -> tuple[Split, IntArray]:
     """A fold's (rows to train on and to validate on, rows to test on); found once for all classifiers."""
+    if not grouped:
+        return _ungrouped_rows(tweets, n_folds, seed, fold)
     part = folds(tweets, n_folds, seed)[fold]
     inner = split([tweets[i] for i in part.train], VALIDATION_SHARE, seed)
     return Split(part.train[inner.train], part.train[inner.test]), part.test
+
+
+def _ungrouped_rows(tweets: tuple[Tweet, ...], n_folds: int, seed: int, fold: int) -> tuple[Split, IntArray]:
+    from sklearn.model_selection import StratifiedKFold, train_test_split
+
+    targets = labels(tweets)
+    train, test = list(StratifiedKFold(n_folds, shuffle=True, random_state=seed).split(targets, targets))[fold]
+    fit, held = train_test_split(train, test_size=VALIDATION_SHARE, random_state=seed, stratify=targets[train])
+    return Split(np.sort(fit), np.sort(held)), test
 
 
 def _ensemble_fold(setup: Setup, table: dict[str, Any], seed: int, fold: int, progress: Tick) -> Predictions:
