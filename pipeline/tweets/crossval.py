@@ -20,9 +20,10 @@ import numpy as np
 
 from device.schema import SlimpiError, write_atomic
 from pipeline.progress import Tick, quiet
+from pipeline.sources import hash_path
 from pipeline.store import digest
 from pipeline.tweets.calibration import Calibration, calibrate, fit_temperature
-from pipeline.tweets.classifiers import CLASSIFIERS, settings_of
+from pipeline.tweets.classifiers import CLASSIFIERS, settings_of, vector_files
 from pipeline.tweets.classifiers.base import FloatArray, IntArray, Job, labels
 from pipeline.tweets.classifiers.ensemble import EnsembleSettings, mean_log_odds
 from pipeline.tweets.data import Split, Tweet, folds, split
@@ -78,20 +79,35 @@ def predict_fold(
     if name == "ensemble":
         return _ensemble_fold(setup, table, seed, fold, progress)
     settings = settings_of(name, table)
-    ids = digest([[t.id, t.text, t.keyword, t.target] for t in setup.tweets])
-    key = [VERSION, name, msgspec.to_builtins(settings), ids, setup.n_folds, seed, fold, str(setup.source or "")]
-    if not setup.grouped:
-        key.append("ungrouped")
-    path = setup.folder / f"{name}-seed{seed}-fold{fold}-{digest(key)[:16]}.npz"
+    path = kept_at(setup, name, table, seed, fold)
     if path.exists():
         return _load(path)
     rows, of_test = _rows(tuple(setup.tweets), setup.n_folds, seed, fold, setup.grouped)
     train, held, test = ([setup.tweets[i] for i in index] for index in (rows.train, rows.test, of_test))
-    source = setup.source if CLASSIFIERS[name].needs_source else None
+    source = _source(setup, name)
     model = CLASSIFIERS[name].train(Job(train, held, source, setup.cache, setup.folder, seed, progress), settings)
     found = Predictions(rows.test, model.log_odds(held), of_test, model.log_odds(test))
     _save(path, found)
     return found
+
+
+def kept_at(setup: Setup, name: str, table: dict[str, Any], seed: int, fold: int) -> Path:
+    """Where one fold's predictions are kept: by what was trained, how and on what, so that a change trains anew."""
+    rows = digest([[t.id, t.text, t.keyword, t.target] for t in setup.tweets])
+    source = _source(setup, name)
+    settings = msgspec.to_builtins(settings_of(name, table))
+    weights = [_hash(path) for path in (*([source] if source else []), *vector_files(table))]
+    key = [VERSION, name, settings, rows, setup.n_folds, setup.grouped, seed, fold, weights]
+    return setup.folder / f"{name}-seed{seed}-fold{fold}-{digest(key)[:16]}.npz"
+
+
+def _source(setup: Setup, name: str) -> Path | None:
+    return setup.source if CLASSIFIERS[name].needs_source else None
+
+
+@lru_cache(maxsize=8)
+def _hash(path: Path) -> str:
+    return hash_path(path)
 
 
 @lru_cache(maxsize=16)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -30,11 +30,13 @@ class NetSettings(WordSettings, frozen=True, kw_only=True):
 
     vectors: sources of pipeline.tweets.embeddings, or "word2vec-tweets"; several stand side by side. extra_words: how
     many words of the first source, in its order, the vocabulary takes beyond those of the tweets: words that were never
-    trained on still have vectors. train_vectors: let them learn too. l2: penalty on the dense layer's weights.
+    trained on still have vectors. unknown: what words without a vector get, "random" rows of the vectors' spread or
+    "zero". train_vectors: let the vectors learn too. l2: penalty on the dense layer's weights.
     """
 
     vectors: tuple[str, ...] = ("glove-6b-50d",)
     extra_words: int = 20_000
+    unknown: Literal["random", "zero"] = "random"
     train_vectors: bool = False
     dropout: float = 0.1
     l2: float = 1e-3
@@ -91,6 +93,8 @@ def vectors_for(job: Job, settings: NetSettings) -> tuple[list[str], torch.Tenso
     for vectors in sources:
         table, coverage = embedding_table(vectors, words, job.seed, occurrences)
         job.progress(0, 0, f"{vectors.name}: {coverage}")
+        if settings.unknown == "zero":
+            table[[vectors.row(word) is None for word in words]] = 0
         tables.append(table)
     return words, torch.from_numpy(np.concatenate(tables, axis=1))
 
