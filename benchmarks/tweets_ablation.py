@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 
 from bench_common import at_least, check_machine, cpu_model, default_machine, now
 
@@ -19,23 +20,35 @@ from pipeline.tweets.ablation import ablate, as_markdown
 from pipeline.tweets.data import find_table
 
 
-def main() -> None:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", default="tweets-train", help="labelled table, or a dataset's name")
-    parser.add_argument("--seeds", type=at_least(1), default=3, help="how many different folds")
-    parser.add_argument("--machine", default=default_machine(), help="folder of the results")
-    options = parser.parse_args()
-    check_machine(options.machine)
+    add = parser.add_argument
+    add("--rows", default="tweets-train", help="labelled table, or a dataset's name (default %(default)s)")
+    add("--seeds", type=at_least(1), default=3, help="how many ways to make the folds (default %(default)s)")
+    add("--machine", default=default_machine(), help="folder under the results (default %(default)s)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 1 if something failed; finished rows are kept."""
+    options = _parser().parse_args(argv)
     where, progress = places(), Progressor()
-    out = where.results / options.machine / "tweets_ablation.json"
-    with progress.step("ablation") as tick:
+    try:
+        check_machine(options.machine)
+        out = where.results / options.machine / "tweets_ablation.json"
         table = find_table(options.rows, where.sources)
-        result = ablate(table, out, range(options.seeds), cpu=cpu_model(), start_time=now(), tick=tick)
+        with progress.step("ablation") as tick:
+            result = ablate(table, out, range(options.seeds), cpu=cpu_model(), start_time=now(), tick=tick)
+    except SlimpiError as error:
+        print(f"tweets_ablation: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("tweets_ablation: interrupted. Run it again to go on.", file=sys.stderr)
+        return 1
     print(as_markdown(result))
+    print(f"\nwritten to {out}")
+    return 0
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except SlimpiError as error:
-        sys.exit(f"tweets_ablation: {error}")
+    raise SystemExit(main())

@@ -90,7 +90,7 @@ def check(job: Job) -> None:
     files = [(Path(job.artifact_dir), file) for file in job.artifact.files]
     files += [(Path(job.data_dir), task.dataset.file) for task in job.tasks if hasattr(task, "dataset")]
     for folder, file in files:
-        _verify(folder, file)
+        verify(folder, file)
 
 
 def measure(job: Job, index: int, journal: Journal, emit: Emit) -> TaskResult:
@@ -182,7 +182,8 @@ def _read_job(arguments: Sequence[str]) -> Job:
         raise SlimpiError(f"cannot read {origin}: {error.strerror}. Check the path.") from error
 
 
-def _verify(folder: Path, file: File) -> None:
+def verify(folder: Path, file: File) -> None:
+    """verify_file, its other errors as SlimpiError, too."""
     try:
         verify_file(folder, file)
     except OSError as error:

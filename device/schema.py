@@ -254,6 +254,28 @@ class Job(Record, frozen=True, kw_only=True):
                 raise ValueError(f"{folder[:120]!r} is not a folder's path")
 
 
+class Stream(Record, frozen=True, kw_only=True):
+    """The first line that `python -m device.classify` reads; each further one is a words.Text."""
+
+    artifact: Artifact
+    artifact_dir: str
+    threads: Positive
+
+
+class Ready(Record, frozen=True, kw_only=True):
+    """The first line it says: the model is loaded. Then a Prediction for every text, in order."""
+
+    labels: list[str]
+
+
+class Prediction(Record, frozen=True, kw_only=True):
+    """The most likely label of the index-th text (from 0), and each label's probability: softmax of the logits."""
+
+    index: Count
+    label: str
+    probabilities: dict[str, float]
+
+
 class Measurement(Record, frozen=True, kw_only=True):
     """One metric's raw samples, warm-ups apart, with the conditions they hold under."""
 

@@ -25,8 +25,8 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 def main() -> int:
     _die_with_parent()
-    _die_first()
-    out = _claim_stdout()
+    die_first()
+    out = claim_stdout()
     try:
         request = decode(sys.stdin.buffer.read(), Request, "the agent's request")
         if os.getppid() != request.agent_pid:  # the agent died before _die_with_parent
@@ -76,7 +76,7 @@ def _send(out: BinaryIO, message: Message) -> None:
     out.flush()
 
 
-def _claim_stdout() -> BinaryIO:
+def claim_stdout() -> BinaryIO:
     """Keep stdout for messages: a stray printf of a C library must not break the stream."""
     own = os.dup(1)
     os.dup2(2, 1)
@@ -88,7 +88,7 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
-def _die_first() -> None:
+def die_first() -> None:
     """The out-of-memory killer's first choice, so that it spares the agent and sshd (proc(5), oom_score_adj)."""
     Path("/proc/self/oom_score_adj").write_text("1000")
 

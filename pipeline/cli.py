@@ -1,4 +1,4 @@
-"""slimpi build | bench | compare | deploy | stop | clean: press a model, run it on a device, read what it cost."""
+"""slimpi build | bench | compare | deploy | classify | tweets | stop | clean: press a model, run it, know its cost."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 
 from device.schema import Event, Note, Report, Sample, SlimpiError, TaskEnded, TaskStarted, read_record
+from pipeline import cli_tweets
 from pipeline.options import (
     Again,
     Artifacts,
@@ -24,6 +25,7 @@ from pipeline.options import (
     DeviceName,
     Force,
     Governor,
+    KeywordColumn,
     LabelColumn,
     Limit,
     MemoryLimit,
@@ -33,6 +35,8 @@ from pipeline.options import (
     NGen,
     NPrompt,
     On,
+    OneArtifact,
+    OneOn,
     Only,
     Plain,
     Recipes,
@@ -60,6 +64,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
 )
+app.add_typer(cli_tweets.app, name="tweets")
 
 
 def _threads(asked: int) -> int:
@@ -110,6 +115,7 @@ def bench(
     rows: Rows = None,
     text_column: TextColumn = None,
     label_column: LabelColumn = None,
+    keyword_column: KeywordColumn = None,
     limit: Limit = None,
     again: Again = False,
     force: Force = False,
@@ -125,7 +131,7 @@ def bench(
     """Run artifacts on devices and print the comparison. Equal jobs already measured are replayed."""
     overrides = _given(
         text=text, n_ctx=n_ctx, n_chunks=n_chunks, n_prompt=n_prompt, n_gen=n_gen, repetitions=repetitions,
-        rows=rows, text_column=text_column, label_column=label_column, limit=limit,
+        rows=rows, text_column=text_column, label_column=label_column, keyword_column=keyword_column, limit=limit,
     )  # fmt: skip
     limits = _Limits(force, timeout, memory_limit_mib, wait_cool, governor, sudo, meter)
     where = places()
@@ -266,6 +272,21 @@ def deploy(
     where = places()
     folders = _build(recipes, only, threads, plain, where)
     _bench(folders, on, ssh_config, task, divergence, threads, overrides, again, limits, plain, where)
+
+
+@app.command()
+def classify(
+    artifact: OneArtifact, on: OneOn = "local", threads: Threads = 0, ssh_config: SshConfig = None, plain: Plain = False
+) -> None:
+    """Label texts from stdin, one a line, on a device: one JSON line each on stdout, as they come.
+
+    A line is a text, or a JSON object with `text` and, for classifiers that read one, `keyword`.
+    """
+    from pipeline.classify import classify_stdin
+
+    where, progress = places(), Progressor(plain)
+    (host,) = _hosts([on], ssh_config, where, progress)
+    classify_stdin(host, find_artifact(where.artifacts, artifact), where, threads, progress)
 
 
 @app.command()

@@ -283,7 +283,7 @@ def _bench_there(
     plans = [_plan(folder, places, settings, results, conditions) for folder in folders]
     goods = [*wheels, *(g for plan in plans for g in _goods(plan, places))]
     seen = remote.status(device, goods)
-    _refuse_if_busy(device, seen, plans)
+    refuse_if_busy(device, seen, {plan.job_id for plan in plans})
     _check_memory(device, seen, plans, settings)
     remote.supply(device, goods, seen, unpacked_bytes)
     device.say(remote.describe_sent(device))
@@ -320,12 +320,8 @@ def _measure(
         report, ended = follow.run_job(device, job, pythonpath, on_event)
         if report:
             return report
-        damaged = {g.sha256 for g in goods if f"{g.path.name} " in ended.stderr and "expected" in ended.stderr}
-        if attempt == 2 or not damaged:
+        if attempt == 2 or not remote.replace_damaged(device, plan.artifact.name, goods, ended.stderr):
             break
-        device.say(f"{len(damaged)} file(s) of {plan.artifact.name} were damaged on the device and are sent again")
-        remote.forget(device, sorted(damaged))
-        remote.supply(device, goods)
     how = "without an exit code" if ended.exit is None else f"with code {ended.exit}"
     last = ended.stderr.splitlines()[-1] if ended.stderr else "it said nothing"
     raise SlimpiError(f"the agent on {device.host.name} ended {how} and no report of {plan.job_id}: {last}")
@@ -340,8 +336,9 @@ def _data_files(plan: Plan) -> list[File]:
     return [task.dataset.file for task in plan.tasks if isinstance(task, Perplexity | Tweets | Divergence)]
 
 
-def _refuse_if_busy(device: Device, seen: remote.Status, plans: Sequence[Plan]) -> None:
-    others = sorted(set(seen.running) - {plan.job_id for plan in plans})
+def refuse_if_busy(device: Device, seen: remote.Status, own: set[str]) -> None:
+    """SlimpiError if jobs other than our own run there."""
+    others = sorted(set(seen.running) - own)
     if others:
         name = device.host.name
         raise SlimpiError(

@@ -66,10 +66,13 @@ def footprints(artifact: Artifact, folder: Path, tasks: Sequence[Task]) -> list[
     """One a task; they run one after the other."""
     entry = folder / artifact.entry
     if artifact.kind == "onnx":
-        from pipeline.export.onnx_language import onnx_shape
+        if artifact.task == "lm":
+            from pipeline.export.onnx_language import onnx_shape
 
-        shape = onnx_shape(entry) if artifact.task == "lm" else None
-        return [_onnx_language(artifact, task, *shape) if shape else _onnx(artifact, task) for task in tasks]
+            shape = onnx_shape(entry)
+            return [_onnx_language(artifact, task, *shape) for task in tasks]
+        sizes = [task.batch_size if isinstance(task, Tweets) else 1 for task in tasks]
+        return [classifier_footprint(artifact, _name(task), n) for task, n in zip(tasks, sizes, strict=True)]
     from pipeline.gguf_file import read_gguf
 
     header = read_gguf(entry)
@@ -122,10 +125,10 @@ def largest_file_bytes(keys: dict[str, Any], n_vocab: int, n_ctx: int, available
     return file
 
 
-def _onnx(artifact: Artifact, task: Task) -> Footprint:
-    texts = task.batch_size if isinstance(task, Tweets) else 1
+def classifier_footprint(artifact: Artifact, task: str, n_texts: int) -> Footprint:
+    """Of classifying n_texts at once, for a task of this name."""
     weights = int(artifact.size_bytes * ONNX_FILE_FACTOR)
-    return Footprint(_name(task), weights, 0, texts * ONNX_TEXT_BYTES, ONNX_BASE_BYTES)
+    return Footprint(task, weights, 0, n_texts * ONNX_TEXT_BYTES, ONNX_BASE_BYTES)
 
 
 def _onnx_language(artifact: Artifact, task: Task, n_vocab: int, cache_values: int) -> Footprint:

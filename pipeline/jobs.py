@@ -89,6 +89,7 @@ def tasks_for(
                 dataset=describe_dataset(bench.rows, places),
                 text_column=bench.text_column,
                 label_column=bench.label_column,
+                keyword_column=bench.keyword_column,
                 limit=bench.limit,
             ),
         }

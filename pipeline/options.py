@@ -19,6 +19,9 @@ On = Annotated[
         "[user@]host or an alias.",
     ),
 ]
+OneOn = Annotated[
+    str, typer.Option("--on", help="Device to run on: `local` (this machine), `emulated`, [user@]host or an alias.")
+]
 SshConfig = Annotated[Path | None, typer.Option(help="An ssh configuration file instead of your own (ssh -F).")]
 Threads = Annotated[
     int, typer.Option(min=0, help="Inference threads; 0 = all cores of a board, half of this machine's, 1 if emulated.")
@@ -49,6 +52,9 @@ Only = Annotated[
         "the reference always is."
     ),
 ]
+OneArtifact = Annotated[
+    str, typer.Argument(help="Artifact folder, id, or MODEL:VARIANT such as minilm-l6-tweets:FP32.")
+]
 DeviceName = Annotated[str, typer.Argument(help="The device: what --on takes, but not `local`.")]
 Again = Annotated[bool, typer.Option("--again", help="Measure again instead of replaying an equal job's samples.")]
 TaskNames = Annotated[
@@ -73,9 +79,27 @@ Text = Annotated[
 Rows = Annotated[str | None, typer.Option(help="Labelled rows (CSV) for tweets, named like --text.")]
 TextColumn = Annotated[str | None, typer.Option(help="Column of --rows that holds the text.")]
 LabelColumn = Annotated[str | None, typer.Option(help="Column of --rows that holds the label.")]
+KeywordColumn = Annotated[
+    str | None, typer.Option(help="Column of --rows that holds a keyword, for classifiers that read one.")
+]
 NCtx = Annotated[int | None, typer.Option(help="Context length of the perplexity task, in tokens.")]
 NChunks = Annotated[int | None, typer.Option(help="Chunks of n_ctx tokens to score; 0 = all.")]
 NPrompt = Annotated[int | None, typer.Option(help="Tokens of prefill in the throughput task.")]
 NGen = Annotated[int | None, typer.Option(help="Tokens of decode in the throughput task.")]
 Repetitions = Annotated[int | None, typer.Option(help="Repetitions of the throughput task.")]
 Limit = Annotated[int | None, typer.Option(help="Rows of the tweets task to run; 0 = all.")]
+
+TweetTable = Annotated[
+    str,
+    typer.Argument(
+        metavar="TABLE",
+        help="Tweets: a .csv, .tsv or .parquet file, data:PATH, hf:ORG/NAME/FILE, tweets-train or tweets-test.",
+    ),
+]
+TweetId = Annotated[str, typer.Option("--id-column", help="Column of the ids.")]
+TweetKeyword = Annotated[str, typer.Option("--keyword-column", help="Column of the keywords.")]
+TweetLocation = Annotated[str, typer.Option("--location-column", help="Column of the locations.")]
+TweetText = Annotated[str, typer.Option("--text-column", help="Column of the texts, the only one that must be there.")]
+TweetTarget = Annotated[str, typer.Option("--target-column", help="Column of the labels, 0 and 1 (disaster).")]
+ExplorePage = Annotated[Path, typer.Option("--out", help="The page to write.")]
+Submission = Annotated[Path, typer.Option("--submission", help="The CSV file to write.")]

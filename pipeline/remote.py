@@ -319,6 +319,16 @@ def forget(device: Device, hashes: Sequence[str]) -> None:
     call(device, "drop", {"files": list(hashes)}, Nothing)
 
 
+def replace_damaged(device: Device, artifact: str, goods: Sequence[Goods], complaint: str) -> bool:
+    """Send the files again that the agent's complaint names as unlike their hash; whether it names any."""
+    damaged = {g.sha256 for g in goods if f"{g.path.name} " in complaint and "expected" in complaint}
+    if damaged:
+        device.say(f"{len(damaged)} file(s) of {artifact} were damaged on the device and are sent again")
+        forget(device, sorted(damaged))
+        supply(device, goods)
+    return bool(damaged)
+
+
 def place(device: Device, folder: str, files: Sequence[File]) -> str:
     """Lay stored files out under their names; the folder's path on the device."""
     return call(device, "place", {"folder": folder, "files": msgspec.to_builtins(list(files))}, Placed).path

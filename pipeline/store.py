@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 
+from device import text, words
 from device.schema import (
     Artifact,
     File,
@@ -30,9 +31,10 @@ from pipeline.locks import locked
 
 # Modules that show, move or check things; a change in them does not change an artifact. All others do.
 _NOT_BUILDING = {
-    *("a64.py", "board.py", "cli.py", "compare.py", "crossbuild.py", "deploy.py", "elf.py", "energy.py"),
+    *("a64.py", "board.py", "classify.py", "cli.py", "compare.py", "crossbuild.py", "deploy.py", "elf.py", "energy.py"),
     *("first_contact.py", "fit.py", "follow.py", "hosts.py", "isa.py", "locks.py", "options.py", "progress.py"),
-    *("recordings.py", "remote.py", "table.py", "transport.py", "wheelhouse.py"),
+    *("recordings.py", "remote.py", "table.py", "transport.py", "wheelhouse.py", "cli_tweets.py"),
+    *("tweets/ablation.py", "tweets/explore.py", "tweets/explore_page.py", "tweets/predict.py"),
 }
 _TOOLS = ("llama-cpp-python", "gguf", "torch", "transformers", "onnx", "onnxruntime", "optimum-onnx", "numpy")
 
@@ -82,6 +84,8 @@ def code_version() -> str:
         name = path.relative_to(root).as_posix()
         if name not in _NOT_BUILDING and not name.startswith("emulator/"):
             seen.update(name.encode() + b"\0" + path.read_bytes())
+    for module in (text, words):  # word classifiers are trained on what these read
+        seen.update(Path(str(module.__file__)).read_bytes())
     return seen.hexdigest()
 
 

@@ -20,17 +20,18 @@ import tarfile
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from device.schema import SlimpiError
 from pipeline.hosts import Host
 from pipeline.progress import Tick, quiet
 
 OnLine = Callable[[bytes], None]
+Lines = Generator[bytes, None, tuple[int, str]]
 
 LINK_FAILED = 255
 """ssh's exit code when the link failed; a remote program's own codes are passed through."""
@@ -72,6 +73,16 @@ def run(
         return _run(list(argv), stdin, on_line, silence_s, cancel, foreground)
     code, errors = _run(ssh_argv(host, argv, may_ask=foreground), stdin, on_line, silence_s, cancel, foreground)
     return (code if code >= 0 else LINK_FAILED), errors  # below 0: ssh itself was killed
+
+
+def stream(host: Host, argv: Sequence[str], stdin: BinaryIO, cancel: threading.Event | None = None) -> Lines:
+    """As `run`, for a talk without end: yields the lines as they come, and returns (exit code, end of stderr).
+
+    Closing the generator ends the program.
+    """
+    command = list(argv) if host.is_local else ssh_argv(host, argv)
+    code, errors = yield from _lines_of(command, stdin, None, cancel, False)
+    return (code if code >= 0 or host.is_local else LINK_FAILED), errors
 
 
 def ssh_argv(host: Host, argv: Sequence[str], may_ask: bool = False) -> list[str]:
@@ -283,6 +294,22 @@ def _run(
     cancel: threading.Event | None,
     foreground: bool,
 ) -> tuple[int, str]:
+    with closing(_lines_of(command, stdin, silence_s, cancel, foreground)) as lines:
+        while True:
+            try:
+                line = next(lines)
+            except StopIteration as end:
+                return cast(tuple[int, str], end.value)
+            on_line(line)
+
+
+def _lines_of(
+    command: Sequence[str],
+    stdin: bytes | BinaryIO,
+    silence_s: float | None,
+    cancel: threading.Event | None,
+    foreground: bool,
+) -> Lines:
     _tool(command[0])
     with tempfile.TemporaryFile() as errors, tempfile.TemporaryFile() as feed:
         if isinstance(stdin, bytes):
@@ -293,7 +320,7 @@ def _run(
         source = feed if isinstance(stdin, bytes) else stdin
         child = subprocess.Popen(list(command), stdin=source, stdout=subprocess.PIPE, stderr=errors, **group)  # type: ignore[call-overload]
         try:
-            silent = not _pump(child, on_line, silence_s, cancel)
+            silent = not (yield from _pump(child, silence_s, cancel))
             code = LINK_FAILED if silent else child.wait()
         finally:
             _stop(child)
@@ -304,9 +331,9 @@ def _run(
 
 
 def _pump(
-    child: subprocess.Popen[bytes], on_line: OnLine, silence_s: float | None, cancel: threading.Event | None
-) -> bool:
-    """Hand over lines (ended by newline or, in rsync's progress, return) until the end; False: silent for too long."""
+    child: subprocess.Popen[bytes], silence_s: float | None, cancel: threading.Event | None
+) -> Generator[bytes, None, bool]:
+    """Yield lines (ended by newline or, in rsync's progress, return) until the end; False: silent for too long."""
     assert child.stdout
     pending = bytearray()
     heard_s = time.monotonic()
@@ -324,11 +351,10 @@ def _pump(
         if not chunk or b"\n" in chunk or b"\r" in chunk:
             *lines, rest = re.split(rb"(?<=[\n\r])", pending)
             pending = bytearray(rest)
-            for line in lines:
-                on_line(line)
+            yield from map(bytes, lines)
         if not chunk:
             if pending:
-                on_line(bytes(pending))
+                yield bytes(pending)
             return True
         if len(pending) > MAX_LINE_BYTES:
             raise SlimpiError(f"a line of over {MAX_LINE_BYTES} bytes came: not slimpi's output. Check the device.")

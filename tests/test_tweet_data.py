@@ -9,6 +9,7 @@ from fractions import Fraction
 from itertools import combinations
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -138,6 +139,19 @@ def test_tables_by_spec(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert find_table("data:tweets/train.csv", Path()) == find_table("tweets-train", Path())
     assert len(read_tweets(find_table("tweets-test", Path()))) == 3263
     assert find_table("some/file.csv", Path()) == Path("some/file.csv")
+
+
+def test_a_table_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_table(tmp_path / "train.parquet", ROWS)
+    calls = []
+
+    def download(repo: str, file: str, repo_type: str) -> str:
+        calls.append((repo, file, repo_type))
+        return str(path)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert len(read_tweets(find_table("hf:org/tweets/data/train.parquet", tmp_path))) == 4
+    assert calls == [("org/tweets", "data/train.parquet", "dataset")]
 
 
 words = st.lists(st.sampled_from("abcdefg"), max_size=8)

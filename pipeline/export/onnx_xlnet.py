@@ -15,7 +15,7 @@ from onnx import helper, numpy_helper
 _SPLITS, _JOINS = "ibh,hnd->ibnd", "ibnd,hnd->ibh"
 
 
-def export_configs(config: Any) -> dict[str, Any]:
+def export_configs(config: Any, task: str) -> dict[str, Any]:
     """optimum's custom_onnx_configs for an XLNet classifier; its memory of earlier segments is switched off."""
     from optimum.exporters.onnx.model_configs import BertOnnxConfig
     from optimum.utils.normalized_config import NormalizedTextConfig
@@ -26,7 +26,7 @@ def export_configs(config: Any) -> dict[str, Any]:
         )
 
     config.use_mems_eval = False
-    return {"model": XLNetOnnxConfig(config, task="text-classification")}
+    return {"model": XLNetOnnxConfig(config, task=task)}
 
 
 def plain_products(graph: onnx.GraphProto) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,9 +13,11 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from device import text
 from device.schema import SlimpiError, sha256_file, write_atomic
 from device.text import NUMBERS, STEPS, split_words
 from pipeline.progress import Tick, quiet
+from pipeline.tweets import cleaning, duplicates
 from pipeline.tweets.cleaning import clean
 from pipeline.tweets.data import Split, Tweet, folds, near_duplicates, read_tweets, targets
 
@@ -80,6 +83,7 @@ class Ablation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     interval: str = "95%, paired over tweets, clustered by groups of near-duplicates; not over training sets"
     corpus: str
     corpus_sha256: str
+    code_sha256: str
     n_rows: int
     n_groups: int
     n_folds: int
@@ -165,12 +169,12 @@ def ablate(
     tick: Tick = quiet,
 ) -> Ablation:
     """Every row of VARIANTS over the same folds, written to `out` after each; rows that `out` holds from the same
-    table, classifier, folds and seeds are kept. SlimpiError for a bad table, or an `out` that is no such file."""
+    table, code, classifier, folds and seeds are kept. SlimpiError for a bad table, or an `out` that is no such file."""
     tweets = read_tweets(table)
     labels, groups = targets(tweets), near_duplicates([tweet.text for tweet in tweets])
     result = Ablation(
-        corpus=table.name, corpus_sha256=sha256_file(table), n_rows=len(tweets), n_groups=len(set(groups.tolist())),
-        n_folds=n_folds, seeds=list(seeds), cpu=cpu, start_time=start_time,
+        corpus=table.name, corpus_sha256=sha256_file(table), code_sha256=_code_sha256(), n_rows=len(tweets),
+        n_groups=len(set(groups.tolist())), n_folds=n_folds, seeds=list(seeds), cpu=cpu, start_time=start_time,
     )  # fmt: skip
     result = _resumed(result, out)
     parts = [folds(tweets, n_folds, seed) for seed in seeds]
@@ -187,6 +191,12 @@ def ablate(
             out, msgspec.json.format(msgspec.json.encode(msgspec.structs.replace(result, rows=rows)), indent=1)
         )
     return msgspec.structs.replace(result, rows=rows)
+
+
+def _code_sha256() -> str:
+    """Of what cleans, groups and classifies."""
+    files = (Path(str(module.__file__)) for module in (text, cleaning, duplicates))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in (*files, Path(__file__)))).hexdigest()
 
 
 def _resumed(fresh: Ablation, out: Path) -> Ablation:

@@ -27,7 +27,7 @@ NAMED = {
     ),
 }
 """Vectors known by name: a source and its content's hash. GloVe's are in order of frequency and lower-case; spaCy's
-keep their case, and rare words share the row of a similar one."""
+are in no order, keep their case, and rare words share the row of a similar one."""
 
 
 @dataclass(frozen=True)
