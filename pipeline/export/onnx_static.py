@@ -174,7 +174,16 @@ class _Static(Rewriter):
             self.add("Add", [product, f"{y}.kept_product"], f"{y}.sum" if biased else y)
             product = f"{y}.sum"
         if biased:
-            self.add("Add", [product, node.input[2]], y)
+            self.add("Sub", [product, self.negated(node.input[2])], y)
+
+    def negated(self, bias: str) -> str:
+        """Taken off instead of added: MatMul and Add would be fused to a Gemm, for which there is no integer form."""
+        name = f"{bias}.negated"
+        if name not in self.names:
+            (tensor,) = (t for t in self.graph.initializer if t.name == bias)
+            self.constant(name, -numpy_helper.to_array(tensor))
+            self.graph.initializer.remove(tensor)
+        return name
 
     def weight(self, name: str, transposed: bool, treatment: Treatment) -> str:
         """The dequantized weight's name; the weight becomes codes."""
