@@ -40,7 +40,7 @@ def plain_products(graph: onnx.GraphProto) -> int:
         if node.op_type != "Einsum" or node.input[-1] not in weights or equation not in (_SPLITS, _JOINS):
             nodes.append(node)
             continue
-        x, weight, y = *node.input, node.output[0]
+        x, weight, y = node.input[0], node.input[1], node.output[0]
         hidden, n_heads, size = shapes[weight]
         splits = equation == _SPLITS
         matrix = numpy_helper.to_array(weights[weight]).reshape(hidden, n_heads * size)
