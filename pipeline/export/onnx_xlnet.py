@@ -20,7 +20,7 @@ def export_configs(config: Any, task: str) -> dict[str, Any]:
     from optimum.exporters.onnx.model_configs import BertOnnxConfig
     from optimum.utils.normalized_config import NormalizedTextConfig
 
-    class XLNetOnnxConfig(BertOnnxConfig):  # type: ignore[misc]
+    class XLNetOnnxConfig(BertOnnxConfig):
         NORMALIZED_CONFIG_CLASS = NormalizedTextConfig.with_args(
             num_layers="n_layer", num_attention_heads="n_head", hidden_size="d_model"
         )
