@@ -148,6 +148,14 @@ def test_ablation_of_a_small_table_and_going_on(tmp_path: Path, monkeypatch: pyt
         ablate(table, out, [0])
 
 
+def test_tweets_without_words_are_told(tmp_path: Path) -> None:
+    table = tmp_path / "t.csv"
+    table.write_text("text,target\n" + "".join(f"http://t.co/{i},{i % 2}\n" for i in range(20)))
+    with pytest.raises(SlimpiError, match="no tweet has a word left after cleaning"):
+        ablate(table, tmp_path / "out.json", [0], n_folds=2)
+    assert not (tmp_path / "out.json").exists()
+
+
 def test_the_benchmarks_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setenv("SLIMPI_HOME", str(tmp_path))
     monkeypatch.setattr(ablation, "VARIANTS", {REFERENCE: Variant()})
