@@ -175,3 +175,11 @@ def test_markdown() -> None:
         Ablation(corpus="t", corpus_sha256="0", code_sha256="0", n_rows=1, n_groups=1, n_folds=5, seeds=[0], rows=[row])
     )
     assert text.splitlines()[-1] == "| without urls | 78.00 ± 0.10 | 70.00 ± 0.20 | -1.25 [-1.50, -1.00] |"
+
+
+def test_the_docs_give_the_results() -> None:
+    repo = Path(__file__).parent.parent
+    (out,) = (repo / "benchmarks" / "results").glob("*/tweets_ablation.json")
+    result = msgspec.json.decode(out.read_bytes(), type=Ablation)
+    assert [row.name for row in result.rows] == list(VARIANTS)
+    assert as_markdown(result) in (repo / "docs" / "tweets.md").read_text(encoding="utf-8")
