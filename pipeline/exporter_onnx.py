@@ -1,19 +1,27 @@
-"""ONNX: an encoder with a classification head, trained first where the recipe says so."""
+"""ONNX: an encoder with a classification head, trained first where the recipe says so, or a classifier of tweets."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from device.schema import SlimpiError, Step, sha256_file
+import msgspec
+
+from device.schema import SlimpiError, Step, encode, read_record, sha256_file, write_atomic
 from pipeline import sources
 from pipeline.export import onnx, onnx_observe
 from pipeline.exporter import Context, Exporter, Made, Prepared
+from pipeline.recipes import Train
 from pipeline.store import digest, stage
-from pipeline.tweets import head
+from pipeline.tweets import data, head
+from pipeline.tweets.calibration import Calibration
+from pipeline.tweets.classifiers import settings_of, vector_files, with_max_tokens
+from pipeline.tweets.decide import train_decider
 
 
 def _prepare_onnx(context: Context) -> Prepared:
     recipe, progress = context.recipe, context.progress
+    if recipe.train:
+        return _trained_classifier(context, recipe.train)
     labels = recipe.labels
     notes: list[str] = []
     lineage: list[Step] = []
@@ -62,6 +70,53 @@ def _trained_head(context: Context) -> tuple[Path, Step]:
     return folder, Step(
         action="train head", source=settings.rows, settings={"key": digest(key)[:16], "seed": settings.seed}
     )
+
+
+def _trained_classifier(context: Context, train: Train) -> Prepared:
+    """[train]: a classifier trained, calibrated and exported in one stage."""
+    recipe, places = context.recipe, context.places
+    rows = sources.dataset(train.rows, places.sources)
+    settings = with_max_tokens(train.classifier, train.settings, recipe.max_tokens)
+    settings_of(train.classifier, settings)  # a bad table is told before anything is read
+    tweets = data.read_tweets(
+        rows, data.Columns(text=train.text_column, target=train.label_column, keyword=train.keyword_column)
+    )
+
+    def make(folder: Path) -> None:
+        with context.progress.step(f"train {train.classifier} on {train.rows}") as tick:
+            decider = train_decider(
+                train.classifier,
+                settings,
+                tweets,
+                context.source.path if context.source.spec != sources.NO_SOURCE else None,
+                places.sources,
+                places.stages / f"{recipe.name}-searches",
+                train.seed,
+                train.validation_share,
+                train.threshold,
+                tick,
+            )
+        with context.progress.step("export classifier to ONNX FP32"):
+            decider.export(folder)
+            write_atomic(folder / "calibration.json", encode(decider.calibration))
+
+    vectors = [sources.hash_path(path) for path in vector_files(settings)]
+    key = ["train", context.source.sha256, sha256_file(rows), train, settings, vectors]
+    base = stage(places.stages, f"{recipe.name}-base", key, make, context.progress.say)
+    fitted = read_record(base / "calibration.json", Calibration)
+    step = Step(
+        action=f"train {train.classifier}",
+        source=train.rows,
+        settings={"key": digest(key)[:16], "seed": train.seed, **msgspec.structs.asdict(fitted)},
+    )
+    notes = [f"{train.classifier} trained on {train.rows}, {fitted}"]
+    return Prepared(base / "model.onnx", _reader_sha256(base), [step], notes)
+
+
+def _reader_sha256(folder: Path) -> str:
+    """Of what turns texts into inputs: one file's own hash, or that of both."""
+    files = onnx.input_files(folder)
+    return sha256_file(files[0]) if len(files) == 1 else sources.hash_path(folder, files)
 
 
 def _make_onnx(context: Context, prepared: Prepared, variant: str, folder: Path) -> Made:

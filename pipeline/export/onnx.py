@@ -68,11 +68,10 @@ def export_encoder(model_dir: Path, out_dir: Path, labels: list[str], max_tokens
     if n_bytes > MAX_PROTOBUF_BYTES:
         raise SlimpiError(f"{model_dir} has {n_bytes} bytes of fp32 weights; an ONNX file holds less than 2 GiB.")
     out_dir.mkdir(parents=True, exist_ok=True)
-    model = _exported(encoder)
-    name_weights(model, encoder.model.state_dict())
+    model = exported(encoder)
     data = model.SerializeToString()
     _compare(data, encoder, max_tokens)
-    write_atomic(out_dir / "tokenizer.json", _bare_tokenizer(encoder.tokenizer))
+    write_atomic(out_dir / "tokenizer.json", bare_tokenizer(encoder.tokenizer))
     write_atomic(out_dir / "model.onnx", data)
     return out_dir / "model.onnx"
 
@@ -85,17 +84,16 @@ def make_variant(
     tick: Tick = quiet,
     seen: dict[str, Observed] | None = None,
 ) -> OnnxSummary:
-    """Write `variant` of the fp32 file `base` to out_dir/model.onnx, with the tokenizer.json beside `base`.
+    """Write `variant` of the fp32 file `base` to out_dir/model.onnx, with what reads its texts (INPUT_FILES).
 
     `seen` keeps what was observed on the calibration text for the next variant of the same base.
     SlimpiError for an unknown variant, one that must be calibrated and is not, or a file that has no such form.
     """
     check_variant(variant)
-    tokenizer = base.with_name("tokenizer.json")
-    if not tokenizer.is_file():
-        raise SlimpiError(f"{tokenizer} is missing. Export the encoder again.")
+    readers = input_files(base.parent)
     out_dir.mkdir(parents=True, exist_ok=True)
-    write_atomic(out_dir / "tokenizer.json", tokenizer.read_bytes())
+    for path in readers:
+        write_atomic(out_dir / path.name, path.read_bytes())
     out = out_dir / "model.onnx"
     if spec := onnx_int8.parse(variant):
         if calibration is None:
@@ -108,6 +106,18 @@ def make_variant(
     else:
         ONNX_VARIANTS[variant](base, out)
     return describe_onnx(out)
+
+
+INPUT_FILES = ("tokenizer.json", "words.json")
+"""What turns texts into the inputs of a graph; a classifier has one of them or both."""
+
+
+def input_files(folder: Path) -> list[Path]:
+    """Those of INPUT_FILES that the folder has. SlimpiError if it has none."""
+    found = [folder / name for name in INPUT_FILES if (folder / name).is_file()]
+    if not found:
+        raise SlimpiError(f"{folder} has neither of {', '.join(INPUT_FILES)}. Export the classifier again.")
+    return found
 
 
 def check_variant(variant: str) -> None:
@@ -182,9 +192,9 @@ def describe_onnx(path: Path, except_linear: Sequence[str] = ()) -> OnnxSummary:
         n_weights, bits = n_weights + count, bits + own_bits
         if name in linear:
             n_linear, linear_bits = n_linear + count, linear_bits + own_bits
-    if not n_linear:
-        raise SlimpiError(f"{path} has no linear weights. Name an exported encoder.")
-    return OnnxSummary(types, n_weights, n_linear, bits / n_weights, linear_bits / n_linear)
+    if not n_weights:
+        raise SlimpiError(f"{path} has no weights. Name an exported classifier.")
+    return OnnxSummary(types, n_weights, n_linear, bits / n_weights, linear_bits / n_linear if n_linear else 0.0)
 
 
 _OVERHEADS = (SCALE, ZERO_POINT, DIVISOR, KEPT_ROWS, KEPT_INDEX)
@@ -216,19 +226,20 @@ def _load(path: Path) -> onnx.ModelProto:
 # Export.
 
 
-def _exported(encoder: Encoder) -> onnx.ModelProto:
+def exported(encoder: Encoder, task: str = "text-classification") -> onnx.ModelProto:
+    """The model as optimum exports it for a task ("feature-extraction" of a body), weights under their own names."""
     from optimum.exporters.onnx import onnx_export_from_model
 
     with tempfile.TemporaryDirectory(prefix="slimpi-onnx-") as scratch, to_stderr(), quiet_transformers():
         encoder.model.config._name_or_path = scratch  # optimum copies what it finds at that path; there is nothing
         try:
-            onnx_export_from_model(
-                encoder.model, Path(scratch), task="text-classification", opset=OPSET, do_validation=False
-            )
+            onnx_export_from_model(encoder.model, Path(scratch), task=task, opset=OPSET, do_validation=False)
         except (ValueError, KeyError, NotImplementedError) as error:
             kind = encoder.model.config.model_type
             raise SlimpiError(f"optimum cannot export a {kind} classifier: {error}. Use another encoder.") from error
-        return onnx.load(Path(scratch) / "model.onnx")
+        model = onnx.load(Path(scratch) / "model.onnx")
+    name_weights(model, encoder.model.state_dict())
+    return model
 
 
 @contextlib.contextmanager
@@ -258,7 +269,7 @@ def _compare(data: bytes, encoder: Encoder, max_tokens: int) -> None:
     import onnxruntime
     import torch
 
-    session = onnxruntime.InferenceSession(data, _one_thread(), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(data, one_thread(), providers=["CPUExecutionProvider"])
     names = [entry.name for entry in session.get_inputs()]
     rng = np.random.default_rng(0)
     for batch, length in ((1, max_tokens), (3, max(3, max_tokens // 2))):
@@ -274,7 +285,7 @@ def _compare(data: bytes, encoder: Encoder, max_tokens: int) -> None:
             raise SlimpiError(f"the ONNX export of this {kind} is off by {worst:.3g}. Use another encoder.")
 
 
-def _one_thread() -> Any:
+def one_thread() -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -283,7 +294,7 @@ def _one_thread() -> Any:
     return options
 
 
-def _bare_tokenizer(tokenizer: Any) -> bytes:
+def bare_tokenizer(tokenizer: Any) -> bytes:
     """tokenizer.json without padding or truncation: the device cuts at max_tokens and pads to its batch."""
     import tokenizers
 
