@@ -26,6 +26,7 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 class Timed(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     samples_ns: list[int]
+    cpu_ns: list[int]
     n_positions: int
     predicted: list[int]
 
@@ -58,14 +59,15 @@ def run(asked: Asked) -> Timed:
 
     for i in range(asked.warmup):
         classify(asked.texts[i % len(asked.texts)])
-    samples_ns, predicted, n_positions = [], [], 0
+    samples_ns, cpu_ns, predicted, n_positions = [], [], [], 0
     for text in asked.texts:
-        begin_ns = time.perf_counter_ns()
+        begin_ns, begin_cpu_ns = time.perf_counter_ns(), time.process_time_ns()
         n, logits = classify(text)
+        cpu_ns.append(time.process_time_ns() - begin_cpu_ns)
         samples_ns.append(time.perf_counter_ns() - begin_ns)
         n_positions += n
         predicted.append(int(logits[0].argmax()))
-    return Timed(samples_ns=samples_ns, n_positions=n_positions, predicted=predicted)
+    return Timed(samples_ns=samples_ns, cpu_ns=cpu_ns, n_positions=n_positions, predicted=predicted)
 
 
 if __name__ == "__main__":

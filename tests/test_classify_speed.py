@@ -29,8 +29,8 @@ def row(tool: str, pair: int, samples_ns: list[int], **changes: Any) -> LatencyR
         "pad_to": 128 if tool == "optimum" else 0,
         "test_time": "2026-11-24T12:00:00Z",
         "load_1min_before": 0.0,
-        "n_positions": 0,
         "samples_ns": samples_ns,
+        "cpu_ns": [7 * ns for ns in samples_ns],
         "provenance": "host",
     }
     return LatencyRow(**fields | changes)
@@ -54,7 +54,7 @@ def test_a_verdict_is_the_median_pair_of_the_median_tweet() -> None:
     optimum = by_peer["optimum"]
     assert (optimum.ratio, optimum.ratio_min, optimum.ratio_max) == pytest.approx((0.2, 0.2, 0.6))
     assert optimum.ratio_of_totals == pytest.approx((3 * 90 + 4 * 90) / (5 * 300))
-    assert optimum.ratio_of_fastest == pytest.approx(0.2)
+    assert optimum.ratio_of_cpu == pytest.approx(0.2)
     assert optimum.ok
     assert by_peer["onnxruntime"].ratio == 1.0
 
@@ -110,10 +110,10 @@ def test_the_whole_comparison_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert classify_speed.main([*arguments, "--limit", "5", "--out", str(out)]) == 1
     assert "MISSED" in capsys.readouterr().out
     found = msgspec.json.decode(out.read_bytes(), type=classify_speed.ClassifySpeed)
-    assert {(r.tool, r.pad_to, len(r.samples_ns)) for r in found.rows} == {
-        ("slimpi", 0, 5),
-        ("onnxruntime", 0, 5),
-        ("optimum", 16, 5),
+    assert {(r.tool, r.pad_to, len(r.samples_ns), len(r.cpu_ns)) for r in found.rows} == {
+        ("slimpi", 0, 5, 5),
+        ("onnxruntime", 0, 5, 5),
+        ("optimum", 16, 5, 5),
     }
     assert found.conditions.n_rows == 5
     assert classify_speed.main(["--artifact", "nothing", "--out", str(tmp_path / "none.json")]) == 1
