@@ -44,7 +44,7 @@ from device.schema import (
     Provenance,
     SlimpiError,
     Tweets,
-    encode,
+    encode_line,
     sha256_file,
     write_atomic,
 )
@@ -266,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_machine(options.machine)
         out = options.out or where.results / options.machine / "classify_speed.json"
         found = compare(options, where)
-        write_atomic(out, encode(found))
+        write_atomic(out, encode_line(found))  # compact: thousands of samples
     except SlimpiError as error:
         print(f"classify_speed: {error}", file=sys.stderr)
         return 1
