@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from device.language import log_partition, n_scored, open_scoring, read_chunks, scored_rows, summarize_perplexity
+from device.language_models import LanguageModel, open_language_model
 from device.logits_file import CUT_NATS, Info, LogitsFile, Recording, Words, decode_row, encode_row
-from device.runtimes import LlamaModel, Logits, Tokens
+from device.runtimes import Logits, Tokens
 from device.samples import Taken, measurement
 from device.schema import Divergence, Job, Measurement, RecordLogits, Sample, SlimpiError
 from device.wire import Request, Started
@@ -41,7 +42,7 @@ class Score:
 def run_record_logits(request: Request, task: RecordLogits) -> Iterator[Started | Sample]:
     """Write reference.logits to the work folder. Series `nll` as in run_perplexity, each once its chunk is on disk."""
     job = request.job
-    with LlamaModel(Path(job.artifact_dir) / job.artifact.entry, job.threads) as model:
+    with open_language_model(job.artifact, job.artifact_dir, job.threads) as model:
         chunks = read_chunks(job, task, model)
         info = Info(
             n_ctx=task.n_ctx,
@@ -64,7 +65,7 @@ def run_record_logits(request: Request, task: RecordLogits) -> Iterator[Started 
             recording.finish()
 
 
-def _encode_chunk(model: LlamaModel, chunk: Tokens, words: Words) -> float:
+def _encode_chunk(model: LanguageModel, chunk: Tokens, words: Words) -> float:
     """Fill `words` (n_scored, row_words); the chunk's mean negative log-likelihood."""
     nlls: list[float] = []
     for rows, targets in scored_rows(model, chunk):
@@ -84,7 +85,7 @@ def run_divergence(request: Request, task: Divergence) -> Iterator[Started | Sam
     """Per scored token `kld` and `nll_difference` (model - reference), per chunk mean `nll` and share `same_top`."""
     job = request.job
     path = Path(job.data_dir) / task.dataset.file.path
-    with LogitsFile(path) as reference, LlamaModel(Path(job.artifact_dir) / job.artifact.entry, job.threads) as model:
+    with LogitsFile(path) as reference, open_language_model(job.artifact, job.artifact_dir, job.threads) as model:
         _check_reference(job, task, reference.info, model)
         count = n_scored(task.n_ctx)
         yield Started(total=task.n_chunks * 2 * (count + 1))
@@ -99,7 +100,7 @@ def run_divergence(request: Request, task: Divergence) -> Iterator[Started | Sam
             yield request.sample("same_top", i, sum(s.same_top for s in scores) / count)
 
 
-def _score_chunk(model: LlamaModel, reference: LogitsFile, chunk: int) -> list[Score]:
+def _score_chunk(model: LanguageModel, reference: LogitsFile, chunk: int) -> list[Score]:
     scores: list[Score] = []
     for rows, targets in scored_rows(model, reference.tokens[chunk]):
         for row, target in zip(rows, targets, strict=True):
@@ -146,7 +147,7 @@ def summarize_divergence(task: Divergence, taken: Taken, job: Job) -> list[Measu
     ]
 
 
-def _check_reference(job: Job, task: Divergence, info: Info, model: LlamaModel) -> None:
+def _check_reference(job: Job, task: Divergence, info: Info, model: LanguageModel) -> None:
     """SlimpiError unless the file holds what the task says, in this model's vocabulary."""
     name = task.dataset.file.path
     for what, have, want in (

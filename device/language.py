@@ -1,17 +1,17 @@
-"""Tasks for causal language models (GGUF, llama.cpp): perplexity and throughput."""
+"""Tasks for causal language models (GGUF in llama.cpp, ONNX in ONNX Runtime): perplexity and throughput."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from device.inputs import read_text
-from device.runtimes import N_BATCH, N_UBATCH, LlamaModel, Logits, Tokens, llama_api
+from device.language_models import RUNTIMES, LanguageModel, open_language_model
+from device.runtimes import N_BATCH, N_UBATCH, Logits, Tokens
 from device.samples import Taken, measurement
 from device.schema import Job, Measurement, Perplexity, RecordLogits, Sample, SlimpiError, Throughput
 from device.wire import Request, Started
@@ -27,7 +27,7 @@ def run_perplexity(request: Request, task: Perplexity) -> Iterator[Started | Sam
     vocabulary adds one; positions n_ctx//2 ... n_ctx-2 predict the token after them.
     """
     job = request.job
-    with LlamaModel(Path(job.artifact_dir) / job.artifact.entry, job.threads) as model:
+    with open_language_model(job.artifact, job.artifact_dir, job.threads) as model:
         chunks = read_chunks(job, task, model)
         yield Started(total=len(chunks))
         open_scoring(model, task.n_ctx)
@@ -55,7 +55,7 @@ def perplexity_of(nll: Measurement) -> tuple[float, float]:
     return math.exp(nll.mean), math.exp(nll.mean) * nll.stderr
 
 
-def read_chunks(job: Job, task: Perplexity | RecordLogits, model: LlamaModel) -> Tokens:
+def read_chunks(job: Job, task: Perplexity | RecordLogits, model: LanguageModel) -> Tokens:
     """The text's tokens, (n_chunks, n_ctx) int32; what is left at its end is not scored."""
     if model.add_eos:
         raise SlimpiError(
@@ -72,12 +72,12 @@ def n_scored(n_ctx: int) -> int:
     return n_ctx - 1 - n_ctx // 2
 
 
-def open_scoring(model: LlamaModel, n_ctx: int) -> None:
+def open_scoring(model: LanguageModel, n_ctx: int) -> None:
     """A context that gives logits of a chunk's second half only."""
     model.open_context(n_ctx, n_outputs=min(n_ctx - n_ctx // 2, N_UBATCH))
 
 
-def scored_rows(model: LlamaModel, chunk: Tokens) -> Iterator[tuple[Logits, Tokens]]:
+def scored_rows(model: LanguageModel, chunk: Tokens) -> Iterator[tuple[Logits, Tokens]]:
     """Evaluate one chunk (n_ctx,): (logits (n, n_vocab), tokens they are to predict (n,)) of its scored positions.
 
     The rows are llama.cpp's own memory and hold until the next piece is asked for.
@@ -133,12 +133,11 @@ def run_throughput(request: Request, task: Throughput) -> Iterator[Started | Sam
     reading the most likely token out of its logits. Load is llama_model_load_from_file plus a context.
     """
     job, total = request.job, task.warmup + task.repetitions
-    path = Path(job.artifact_dir) / job.artifact.entry
     yield Started(total=N_LOADS + 3 * total)
-    llama_api()
+    RUNTIMES[job.artifact.kind].load()
     for i in range(min(request.first_missing("load_ms"), N_LOADS - 1), N_LOADS):
         begin_ns = time.perf_counter_ns()
-        with LlamaModel(path, job.threads) as model:
+        with open_language_model(job.artifact, job.artifact_dir, job.threads) as model:
             model.open_context(task.n_prompt)
             yield request.sample("load_ms", i, _ms_since(begin_ns))
             if i == N_LOADS - 1:
@@ -146,7 +145,7 @@ def run_throughput(request: Request, task: Throughput) -> Iterator[Started | Sam
                 yield from _time_decode(request, task, model)
 
 
-def _time_prefill(request: Request, task: Throughput, model: LlamaModel) -> Iterator[Sample]:
+def _time_prefill(request: Request, task: Throughput, model: LanguageModel) -> Iterator[Sample]:
     batches = model.random_batches(task.n_prompt, min(N_BATCH, task.n_prompt), seed=0)
     for i in _repetitions(task, request.first_missing("prefill_ms", "ttft_ms", warmup=task.warmup)):
         model.reset()
@@ -159,7 +158,7 @@ def _time_prefill(request: Request, task: Throughput, model: LlamaModel) -> Iter
         yield request.sample("ttft_ms", i, ttft_ms, warmup=i < task.warmup)
 
 
-def _time_decode(request: Request, task: Throughput, model: LlamaModel) -> Iterator[Sample]:
+def _time_decode(request: Request, task: Throughput, model: LanguageModel) -> Iterator[Sample]:
     model.open_context(task.n_gen)
     batches = model.random_batches(task.n_gen, 1, seed=1)
     for i in _repetitions(task, request.first_missing("decode_ms", warmup=task.warmup)):
@@ -178,9 +177,9 @@ def _repetitions(task: Throughput, done: int) -> Iterator[int]:
 
 
 def summarize_throughput(task: Throughput, taken: Taken, job: Job) -> list[Measurement]:
-    llama = {"n_batch": N_BATCH, "n_ubatch": N_UBATCH, "flash_attention": "auto", "kv": "f16"}
-    prompt = {"threads": job.threads, "n_prompt": task.n_prompt, **llama}
-    gen = {"threads": job.threads, "n_gen": task.n_gen, **llama}
+    runtime = RUNTIMES[job.artifact.kind].settings
+    prompt = {"threads": job.threads, "n_prompt": task.n_prompt, **runtime}
+    gen = {"threads": job.threads, "n_gen": task.n_gen, **runtime}
     load = {"threads": job.threads, "page_cache": "as found, just after the file was read to check its hash"}
 
     def per_second(count: int) -> Callable[[float], float]:

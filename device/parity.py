@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from device.classifier import OnnxClassifier
 from device.inputs import read_text, read_texts
-from device.runtimes import LlamaModel, Logits, Tokens
+from device.language_models import LanguageModel, open_language_model
+from device.runtimes import Logits, Tokens
 from device.samples import Taken, measurement
 from device.schema import Job, Measurement, Parity, RecordGolden, Sample, SlimpiError, write_atomic
 from device.wire import Request, Started
@@ -29,7 +30,7 @@ def run_record_golden(request: Request, task: RecordGolden) -> Iterator[Started 
     if job.artifact.task == "lm":
         if task.n > task.n_tokens:
             raise SlimpiError(f"{task.n} golden positions need as many tokens, n_tokens is {task.n_tokens}. Raise it.")
-        with LlamaModel(Path(job.artifact_dir) / job.artifact.entry, job.threads) as model:
+        with open_language_model(job.artifact, job.artifact_dir, job.threads) as model:
             tokens = model.tokenize(read_text(job, task.dataset))[: task.n_tokens]
             if len(tokens) < task.n_tokens:
                 raise SlimpiError(
@@ -56,7 +57,7 @@ def run_parity(request: Request, task: Parity) -> Iterator[Started | Sample]:
     inputs, golden = read_golden(job)
     yield Started(total=3 * len(golden))
     if job.artifact.task == "lm":
-        with LlamaModel(Path(job.artifact_dir) / job.artifact.entry, job.threads) as model:
+        with open_language_model(job.artifact, job.artifact_dir, job.threads) as model:
             _check_golden(job, golden, model.n_vocab, len(inputs))
             yield from _compare(request, golden, _last_logits(model, inputs.astype(np.int32), len(golden)))
     else:
@@ -148,7 +149,7 @@ def _check_golden(job: Job, golden: Logits, n_classes: int, n_inputs: int) -> No
         )
 
 
-def _last_logits(model: LlamaModel, tokens: Tokens, n: int) -> Logits:
+def _last_logits(model: LanguageModel, tokens: Tokens, n: int) -> Logits:
     model.open_context(len(tokens), n_outputs=n)
     return np.concatenate([rows.copy() for _, rows in model.logits(tokens, len(tokens) - n)])
 

@@ -29,7 +29,8 @@ from device.schema import (
 from device.wire import Request, Started
 from device.words import SPEC
 
-LM, CLASSIFIER = ("gguf", "lm"), ("onnx", "classifier")
+LM, ONNX_LM, CLASSIFIER = ("gguf", "lm"), ("onnx", "lm"), ("onnx", "classifier")
+LMS = (LM, ONNX_LM)
 
 
 @dataclass(frozen=True)
@@ -51,13 +52,13 @@ class TaskSpec:
 
 TASKS: Mapping[type[Task], TaskSpec] = MappingProxyType(
     {
-        Perplexity: TaskSpec((LM,), language.run_perplexity, language.summarize_perplexity),
-        Throughput: TaskSpec((LM,), language.run_throughput, language.summarize_throughput, timed=True),
+        Perplexity: TaskSpec(LMS, language.run_perplexity, language.summarize_perplexity),
+        Throughput: TaskSpec(LMS, language.run_throughput, language.summarize_throughput, timed=True),
         Tweets: TaskSpec((CLASSIFIER,), tweets.run_tweets, tweets.summarize_tweets, timed=True),
-        Parity: TaskSpec((LM, CLASSIFIER), parity.run_parity, parity.summarize_parity),
-        RecordGolden: TaskSpec((LM, CLASSIFIER), parity.run_record_golden, parity.summarize_record_golden),
-        RecordLogits: TaskSpec((LM,), divergence.run_record_logits, divergence.summarize_record_logits),
-        Divergence: TaskSpec((LM,), divergence.run_divergence, divergence.summarize_divergence),
+        Parity: TaskSpec((*LMS, CLASSIFIER), parity.run_parity, parity.summarize_parity),
+        RecordGolden: TaskSpec((*LMS, CLASSIFIER), parity.run_record_golden, parity.summarize_record_golden),
+        RecordLogits: TaskSpec(LMS, divergence.run_record_logits, divergence.summarize_record_logits),
+        Divergence: TaskSpec(LMS, divergence.run_divergence, divergence.summarize_divergence),
         Profile: TaskSpec((LM,), profile.run_profile, profile.summarize_profile, timed=True),
     }
 )
@@ -81,6 +82,8 @@ def check_fit(task: Task, artifact: Artifact) -> None:
         raise SlimpiError(f"task parity needs golden outputs, {artifact.id} has none. Leave it out or build again.")
     if have == CLASSIFIER:
         check_classifier(artifact)
+    if have == ONNX_LM and TOKENIZER not in {file.path for file in artifact.files}:
+        raise SlimpiError(f"{artifact.id} has no {TOKENIZER} among its files. Build it again.")
 
 
 def check_classifier(artifact: Artifact) -> None:

@@ -19,7 +19,8 @@ from device.schema import (
 )
 from pipeline import sources
 from pipeline.deploy import run_job
-from pipeline.exporters import EXPORTERS, Context, Exporter, Made, Prepared
+from pipeline.exporter import Context, Exporter, Made, Prepared
+from pipeline.exporters import EXPORTERS
 from pipeline.jobs import describe_dataset
 from pipeline.progress import Progressor
 from pipeline.recipes import Recipe, artifact_name, as_dict
@@ -33,6 +34,7 @@ from pipeline.store import (
     whole_folder,
     write_manifest,
 )
+from pipeline.tweets.classifiers import vector_files
 
 
 def build(
@@ -82,8 +84,11 @@ def _id(recipe: Recipe, variant: str, source_sha256: str, places: Places) -> str
     parts = as_dict(recipe)
     for key in ("variants", "bench", "note"):
         parts.pop(key)
-    texts = [recipe.calibration.text, recipe.golden.dataset, *([recipe.head.rows] if recipe.head else [])]
+    trained_on = [table.rows for table in (recipe.head, recipe.train) if table]
+    texts = [recipe.calibration.text, recipe.golden.dataset, *trained_on]
     contents = [describe_dataset(name, places).file.sha256 for name in texts]
+    if recipe.train:
+        contents += [sources.hash_path(path) for path in vector_files(recipe.train.settings)]
     if profile := recipe.plan.profile:
         if not Path(profile).is_file():
             raise SlimpiError(f"recipe {recipe.name}: [plan] profile {profile} is no file. Run `bench --task profile`.")

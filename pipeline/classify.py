@@ -208,8 +208,8 @@ def classify_stdin(host: Host, folder: Path, places: Places, threads: int, force
         answers = classify(host, folder, texts, places, threads=threads, force=force, progress=progress)
         with closing(answers) as said:  # type: ignore[type-var]
             for prediction in said:
+                n_said += 1  # before it is written: who has read the line may interrupt at once
                 _write_all(1, encode_line(prediction))
-                n_said += 1
     except transport.Interrupted as error:
         raise SlimpiError(f"interrupted; {n_said} texts were classified.") from error
     except BrokenPipeError:

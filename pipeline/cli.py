@@ -1,4 +1,4 @@
-"""slimpi build | bench | compare | deploy | classify | stop | clean: press a model, run it, read what it cost."""
+"""slimpi build | bench | compare | deploy | classify | tweets | stop | clean: press a model, run it, know its cost."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 
 from device.schema import Event, Note, Report, Sample, SlimpiError, TaskEnded, TaskStarted, read_record
+from pipeline import cli_tweets
 from pipeline.options import (
     Again,
     Artifacts,
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
 )
+app.add_typer(cli_tweets.app, name="tweets")
 
 
 def _threads(asked: int) -> int:

@@ -227,7 +227,7 @@ def _plan(folder: Path, places: Places, settings: Settings, where: Path, conditi
         places,
         settings.wanted,
         settings.divergence.get(artifact.model),
-        _profile(folder, artifact) if "profile" in (settings.wanted or ()) and artifact.task == "lm" else None,
+        _profile(folder, artifact) if "profile" in (settings.wanted or ()) and artifact.kind == "gguf" else None,
     )
     name = f"{artifact.name[:60]}-{digest([artifact.id, tasks, *conditions, device_code_version()])[:12]}"
     latest = max((_run_number(path) for path in where.glob(f"{name}.*")), default=0)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -73,6 +76,27 @@ def head_linear(model: Any) -> torch.nn.Linear:
     if not linears:
         raise SlimpiError(f"{model.config.model_type} ends in no linear layer. Use an encoder such as BERT or RoBERTa.")
     return linears[-1]
+
+
+def encode_batch(encoder: Encoder, texts: list[str], max_tokens: int) -> dict[str, torch.Tensor]:
+    """A padded batch of the inputs the model takes: not all know token types."""
+    batch = encoder.tokenizer(texts, truncation=True, max_length=max_tokens, padding=True, return_tensors="pt")
+    known = inspect.signature(encoder.model.forward).parameters
+    return {name: tensor for name, tensor in batch.items() if name in known}
+
+
+def save_encoder(encoder: Encoder, out_dir: Path) -> None:
+    """A Hugging Face folder; SlimpiError if it cannot be written, and then nothing is left of it."""
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    partial = out_dir.with_name(f".{out_dir.name}.{os.getpid()}.partial")
+    try:
+        encoder.model.save_pretrained(partial, safe_serialization=True)
+        encoder.tokenizer.save_pretrained(partial)
+        partial.replace(out_dir)
+    except OSError as error:
+        raise SlimpiError(f"cannot write {out_dir}: {error.strerror or error}. Free some space.") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextmanager

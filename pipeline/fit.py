@@ -66,6 +66,11 @@ def footprints(artifact: Artifact, folder: Path, tasks: Sequence[Task]) -> list[
     """One a task; they run one after the other."""
     entry = folder / artifact.entry
     if artifact.kind == "onnx":
+        if artifact.task == "lm":
+            from pipeline.export.onnx_language import onnx_shape
+
+            shape = onnx_shape(entry)
+            return [_onnx_language(artifact, task, *shape) for task in tasks]
         sizes = [task.batch_size if isinstance(task, Tweets) else 1 for task in tasks]
         return [classifier_footprint(artifact, _name(task), n) for task, n in zip(tasks, sizes, strict=True)]
     from pipeline.gguf_file import read_gguf
@@ -124,6 +129,15 @@ def classifier_footprint(artifact: Artifact, task: str, n_texts: int) -> Footpri
     """Of classifying n_texts at once, for a task of this name."""
     weights = int(artifact.size_bytes * ONNX_FILE_FACTOR)
     return Footprint(task, weights, 0, n_texts * ONNX_TEXT_BYTES, ONNX_BASE_BYTES)
+
+
+def _onnx_language(artifact: Artifact, task: Task, n_vocab: int, cache_values: int) -> Footprint:
+    """A cache in float32, twice while it grows; logits of the positions asked for."""
+    n_ctx, n_outputs, kept = _shape(task, artifact.golden.n if artifact.golden else 1)
+    weights = int(artifact.size_bytes * ONNX_FILE_FACTOR)
+    cache = 2 * n_ctx * cache_values * F32_BYTES
+    logits = (2 * n_outputs + kept) * n_vocab * F32_BYTES
+    return Footprint(_name(task), weights, cache, logits + ONNX_TEXT_BYTES, ONNX_BASE_BYTES)
 
 
 def _llama(size_bytes: int, task: Task, keys: dict[str, Any], n_vocab: int, n_golden: int) -> Footprint:

@@ -142,6 +142,17 @@ class QTensor:
         return (values if offsets is None else values.add_(offsets[:, :, None])).view(self.codes.shape)
 
 
+def rows_of(q: QTensor, order: torch.Tensor) -> QTensor:
+    """The rows of `q` in another order (rows,). Not for formats whose scales are shared by rows."""
+    assert q.scales.pool == 1
+
+    def taken(value: Any) -> Any:
+        return value[order] if isinstance(value, torch.Tensor) else value
+
+    scales = Scales(**{field.name: taken(getattr(q.scales, field.name)) for field in fields(Scales)})
+    return QTensor(q.format, q.codes[order], scales)
+
+
 @dataclass(frozen=True)
 class Packed:
     """A matrix in a type whose codes are llama.cpp's own: uint8 (rows, bytes of a row), as its file holds it."""

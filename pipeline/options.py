@@ -88,3 +88,18 @@ NPrompt = Annotated[int | None, typer.Option(help="Tokens of prefill in the thro
 NGen = Annotated[int | None, typer.Option(help="Tokens of decode in the throughput task.")]
 Repetitions = Annotated[int | None, typer.Option(help="Repetitions of the throughput task.")]
 Limit = Annotated[int | None, typer.Option(help="Rows of the tweets task to run; 0 = all.")]
+
+TweetTable = Annotated[
+    str,
+    typer.Argument(
+        metavar="TABLE",
+        help="Tweets: a .csv, .tsv or .parquet file, data:PATH, hf:ORG/NAME/FILE, tweets-train or tweets-test.",
+    ),
+]
+TweetId = Annotated[str, typer.Option("--id-column", help="Column of the ids.")]
+TweetKeyword = Annotated[str, typer.Option("--keyword-column", help="Column of the keywords.")]
+TweetLocation = Annotated[str, typer.Option("--location-column", help="Column of the locations.")]
+TweetText = Annotated[str, typer.Option("--text-column", help="Column of the texts, the only one that must be there.")]
+TweetTarget = Annotated[str, typer.Option("--target-column", help="Column of the labels, 0 and 1 (disaster).")]
+ExplorePage = Annotated[Path, typer.Option("--out", help="The page to write.")]
+Submission = Annotated[Path, typer.Option("--submission", help="The CSV file to write.")]

@@ -107,6 +107,31 @@ def quantize_model(
     return parts
 
 
+def quantize_in_memory(
+    checkpoint: Checkpoint, method: str, formats: Mapping[str, Format], stats: Mapping[str, Stats], tick: Tick
+) -> tuple[dict[str, Quantized], dict[str, tuple[torch.Tensor, torch.Tensor]], list[str]]:
+    """For files that are written as a whole: codes of the decoder blocks' matrices among `formats`, by GGUF name and in
+    GGUF's row order; the vectors that the method changed, (before, after); and its notes."""
+    tensors = gguf_tensors(checkpoint)
+    folds = layer_folds(checkpoint.architecture, checkpoint.config)
+    device, n_layers = compute_device(), checkpoint.config["num_hidden_layers"]
+    codes: dict[str, Quantized] = {}
+    vectors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    notes: list[str] = []
+    for index in range(n_layers):
+        prefix = f"blk.{index}."
+        mine = {name.removeprefix(prefix): kind for name, kind in formats.items() if name.startswith(prefix)}
+        if mine:
+            layer = read_layer(tensors, index, folds, device)
+            made = METHODS[method].run(layer, _stats(method, index, mine, stats, device), mine)
+            made = _checked(method, layer, mine, made)
+            codes |= {prefix + name: q for name, q in made.tensors.items()}
+            vectors |= {prefix + name: (layer.vectors[name].cpu(), v.cpu()) for name, v in made.vectors.items()}
+            notes += made.notes
+        tick(index + 1, n_layers, "layers")
+    return codes, vectors, notes
+
+
 @dataclass
 class _Count:
     """Weights done so far, told in millions."""

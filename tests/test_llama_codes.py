@@ -24,6 +24,7 @@ from pipeline.formats import FORMATS, Packed
 from pipeline.gguf_file import read_gguf
 from pipeline.methods import METHODS, gptq, llama_codes, search
 from pipeline.plan_costs import PROFILED
+from pipeline.planning import source_types
 from pipeline.progress import Progressor
 from pipeline.quantize import Workshop
 from pipeline.recipes import PlanTable, Recipe
@@ -196,6 +197,32 @@ def test_a_profile_and_tokens_a_second_bound_the_plan(tmp_path: Path) -> None:
         planned(profile=str(tmp_path / "nothing.json"), tokens_per_s=1)
     with pytest.raises(ValueError, match="go together"):
         planned(profile=profile)
+
+
+def test_a_plan_can_avoid_the_types_its_source_was_in(tmp_path: Path) -> None:
+    first = recipe(tmp_path / "hf", "Q4_0", ["IQ4_NL", "Q4_0"])
+    places = Places(tmp_path / "home")
+    source = build(first, places, Progressor(plain=True))[1]
+    was = load_artifact(source)
+    types = ["IQ4_NL", "Q4_1", "Q5_0", "Q8_0"]
+
+    def planned(**table: object) -> dict[str, str]:
+        made = msgspec.structs.replace(
+            first, source=f"path:{source / was.entry}", variants=["BF16", "SEARCH-0.2MiB"], plan=PlanTable(**table)
+        )  # type: ignore[arg-type]
+        return load_artifact(build(made, places, Progressor(plain=True))[1]).plan
+
+    taken = {name for name, kind in was.plan.items() if kind == "Q4_0"}
+    free = planned(types=types)
+    spared = planned(types=types, avoid_source_types=True)
+    assert {free[name] for name in taken} & {"Q4_1", "Q5_0"}, "without the rule they are the best there is"
+    assert {spared[name] for name in taken} <= {"IQ4_NL", "Q8_0"}
+    with pytest.raises(SlimpiError, match="no type left but those of its source"):
+        planned(types=["Q4_1"], avoid_source_types=True)
+
+
+def test_a_source_that_is_no_gguf_has_no_types_to_avoid(tmp_path: Path) -> None:
+    assert source_types(tmp_path) == {}
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ from device.schema import SlimpiError
 from pipeline.build import chosen_variants
 from pipeline.exporters import EXPORTERS
 from pipeline.recipes import read_recipe
+from pipeline.sources import NO_SOURCE
+from pipeline.tweets.classifiers import CLASSIFIERS, settings_of, with_max_tokens
 
 MODELS = Path(__file__).parent.parent / "models"
 GOOD = 'name = "m"\nsource = "path:x"\nexport = "gguf"\nvariants = ["F16", "Q8_0"]\n'
@@ -22,6 +24,9 @@ def test_shipped_recipe_is_valid_and_pinned(path: Path) -> None:
     assert chosen_variants(recipe, EXPORTERS[recipe.export], None) == recipe.variants
     assert recipe.sha256 or not recipe.source.startswith("pypi:")
     assert set(recipe.sha256) != {"0"}
+    if train := recipe.train:
+        settings_of(train.classifier, with_max_tokens(train.classifier, train.settings, recipe.max_tokens))
+        assert CLASSIFIERS[train.classifier].needs_source == (recipe.source != NO_SOURCE)
 
 
 @pytest.mark.parametrize(
@@ -35,6 +40,7 @@ def test_shipped_recipe_is_valid_and_pinned(path: Path) -> None:
         (GOOD.replace('"Q8_0"', '"F16"'), "twice"),
         (GOOD.replace('"m"', '"../m"'), "not a plain name"),
         (GOOD + "[calibration]\nn_ctx = 0\n", "n_ctx"),
+        (GOOD + '[train]\nclassifier = "tfidf"\n', r"\[train\] needs export"),
         ("name = ", "recipe"),
     ],
 )

@@ -1,6 +1,6 @@
-"""Encoders as ONNX: exported in fp32 with optimum, then rewritten to dynamic INT8.
+"""Encoders as ONNX: exported in fp32 with optimum, then rewritten to dynamic INT8 (calibrated forms: onnx_int8.py).
 
-INT8 here is ONNX's dynamic scheme: DynamicQuantizeLinear on the activations (uint8, one scale a tensor),
+`INT8-dynamic` is ONNX's dynamic scheme: DynamicQuantizeLinear on the activations (uint8, one scale a tensor),
 MatMulInteger with uint8 weights (one scale and zero point a column), embeddings in uint8 (a scale and zero
 point a row). Weights are uint8 and not int8 because u8 x s8 products saturate on x86 without VNNI, which
 would make the host's accuracy another than the device's. LayerNorm, softmax, GELU and biases stay fp32.
@@ -12,8 +12,8 @@ import contextlib
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,11 @@ from onnx import TensorProto, numpy_helper
 
 from device.schema import SlimpiError, write_atomic
 from pipeline.encoders import Encoder, load_encoder, quiet_transformers
-from pipeline.export import onnx_nbits
+from pipeline.export import onnx_int8, onnx_nbits
+from pipeline.export.onnx_observe import Calibration, Observed
 from pipeline.export.onnx_rewrite import SCALE, ZERO_POINT, Rewriter
+from pipeline.export.onnx_static import DIVISOR, KEPT_INDEX, KEPT_ROWS
+from pipeline.progress import Tick, quiet
 
 OPSET = 18
 MAX_PROTOBUF_BYTES = 2**31 - 2**20
@@ -33,13 +36,18 @@ EXPORT_TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class OnnxSummary:
-    """What a file holds, read from it: {weight: type}, parameters, and bits a parameter with all overheads."""
+    """What a file holds, read from it: {weight: type}, parameters, and bits a parameter with all overheads.
+
+    notes and facts: what choosing the form had to say, for the manifest.
+    """
 
     types: dict[str, str]
     n_weights: int
     n_linear_weights: int
     bits_per_weight: float
     bits_per_linear_weight: float
+    notes: list[str] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 def export_encoder(model_dir: Path, out_dir: Path, labels: list[str], max_tokens: int) -> Path:
@@ -60,35 +68,68 @@ def export_encoder(model_dir: Path, out_dir: Path, labels: list[str], max_tokens
     if n_bytes > MAX_PROTOBUF_BYTES:
         raise SlimpiError(f"{model_dir} has {n_bytes} bytes of fp32 weights; an ONNX file holds less than 2 GiB.")
     out_dir.mkdir(parents=True, exist_ok=True)
-    model = _exported(encoder)
-    _name_weights(model, encoder.model.state_dict())
+    model = exported(encoder)
     data = model.SerializeToString()
     _compare(data, encoder, max_tokens)
-    write_atomic(out_dir / "tokenizer.json", _bare_tokenizer(encoder.tokenizer))
+    write_atomic(out_dir / "tokenizer.json", bare_tokenizer(encoder.tokenizer))
     write_atomic(out_dir / "model.onnx", data)
     return out_dir / "model.onnx"
 
 
-def make_variant(base: Path, out_dir: Path, variant: str) -> OnnxSummary:
-    """Write `variant` of the fp32 file `base` to out_dir/model.onnx, with the tokenizer.json beside `base`."""
+def make_variant(
+    base: Path,
+    out_dir: Path,
+    variant: str,
+    calibration: Calibration | None = None,
+    tick: Tick = quiet,
+    seen: dict[str, Observed] | None = None,
+) -> OnnxSummary:
+    """Write `variant` of the fp32 file `base` to out_dir/model.onnx, with what reads its texts (INPUT_FILES).
+
+    `seen` keeps what was observed on the calibration text for the next variant of the same base.
+    SlimpiError for an unknown variant, one that must be calibrated and is not, or a file that has no such form.
+    """
     check_variant(variant)
-    tokenizer = base.with_name("tokenizer.json")
-    if not tokenizer.is_file():
-        raise SlimpiError(f"{tokenizer} is missing. Export the encoder again.")
+    readers = input_files(base.parent)
     out_dir.mkdir(parents=True, exist_ok=True)
-    write_atomic(out_dir / "tokenizer.json", tokenizer.read_bytes())
+    for path in readers:
+        write_atomic(out_dir / path.name, path.read_bytes())
+    out = out_dir / "model.onnx"
+    if spec := onnx_int8.parse(variant):
+        if calibration is None:
+            raise SlimpiError(f"{variant} needs a calibration text. Name one in the recipe's [calibration].")
+        quantized = onnx_int8.quantize(_fresh(base), spec, calibration, seen=seen, tick=tick)
+        write_atomic(out, quantized.model.SerializeToString())
+        return replace(describe_onnx(out), notes=quantized.notes, facts=quantized.facts)
     if blockwise := onnx_nbits.parse(variant):
-        onnx_nbits.quantize_blockwise(_load(base), out_dir / "model.onnx", *blockwise)
+        onnx_nbits.quantize_blockwise(_load(base), out, *blockwise)
     else:
-        ONNX_VARIANTS[variant](base, out_dir / "model.onnx")
-    return describe_onnx(out_dir / "model.onnx")
+        ONNX_VARIANTS[variant](base, out)
+    return describe_onnx(out)
+
+
+INPUT_FILES = ("tokenizer.json", "words.json")
+"""What turns texts into the inputs of a graph; a classifier has one of them or both."""
+
+
+def input_files(folder: Path) -> list[Path]:
+    """Those of INPUT_FILES that the folder has. SlimpiError if it has none."""
+    found = [folder / name for name in INPUT_FILES if (folder / name).is_file()]
+    if not found:
+        raise SlimpiError(f"{folder} has neither of {', '.join(INPUT_FILES)}. Export the classifier again.")
+    return found
 
 
 def check_variant(variant: str) -> None:
-    if variant not in ONNX_VARIANTS and onnx_nbits.parse(variant) is None:
+    if variant not in ONNX_VARIANTS and onnx_nbits.parse(variant) is None and onnx_int8.parse(variant) is None:
         raise SlimpiError(
-            f"unknown ONNX variant {variant!r}. Known: {', '.join(ONNX_VARIANTS)}, and {onnx_nbits.help_text()}."
+            f"unknown ONNX variant {variant!r}. Known: {', '.join(ONNX_VARIANTS)}, {onnx_nbits.help_text()}, and "
+            f"{onnx_int8.help_text()}."
         )
+
+
+def needs_calibration(variant: str) -> bool:
+    return onnx_int8.parse(variant) is not None
 
 
 def copy_fp32(fp32: Path, out: Path) -> Path:
@@ -101,9 +142,7 @@ def quantize_dynamic(fp32: Path, out: Path) -> Path:
 
     Raises SlimpiError if nothing can be rewritten, the file is quantized already, or a weight is used in two ways.
     """
-    model = _load(fp32)
-    if any(node.op_type == "MatMulInteger" for node in model.graph.node):
-        raise SlimpiError(f"{fp32} is quantized already. Start from the FP32 export.")
+    model = _fresh(fp32)
     rewriter = Rewriter(model.graph)
     rewriter.run()
     if not rewriter.rewritten:
@@ -113,29 +152,39 @@ def quantize_dynamic(fp32: Path, out: Path) -> Path:
     return out
 
 
+def _fresh(fp32: Path) -> onnx.ModelProto:
+    model = _load(fp32)
+    if any(node.op_type in ("MatMulInteger", "DequantizeLinear") for node in model.graph.node):
+        raise SlimpiError(f"{fp32} is quantized already. Start from the FP32 export.")
+    return model
+
+
 ONNX_VARIANTS: dict[str, Callable[[Path, Path], Path]] = {
     "FP32": copy_fp32,
     "INT8-dynamic": quantize_dynamic,
 }
 
 
-def describe_onnx(path: Path) -> OnnxSummary:
-    """Types and sizes of the weights in `path`.
+def describe_onnx(path: Path, except_linear: Sequence[str] = ()) -> OnnxSummary:
+    """Types and sizes of the weights in `path`; those of except_linear do not count as linear layers.
 
     A weight is an fp32 initializer of rank >= 1 or an 8-bit one; index tensors and scalars of the graph are not.
-    Its scales and zero points count as its bits. Linear weights are the right operands of matrix products.
+    Its scales, zero points, divisors and rows kept in fp32 count as its bits. Linear weights are the
+    right operands of matrix products.
     """
     graph = _load(path).graph
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     blocks = {n.input[1]: {a.name: a.i for a in n.attribute} for n in graph.node if n.op_type == "MatMulNBits"}
-    linear = {n.input[1] for n in graph.node if n.op_type in ("MatMul", "Gemm", "MatMulInteger")} | blocks.keys()
+    codes = {n.output[0]: n.input[0] for n in graph.node if n.op_type == "DequantizeLinear"}
+    operands = [n.input[1] for n in graph.node if n.op_type in ("MatMul", "Gemm", "MatMulInteger")]
+    linear = ({codes.get(name, name) for name in operands} | blocks.keys()) - set(except_linear)
     types: dict[str, str] = {}
     n_weights = n_linear = bits = linear_bits = 0
     for name, tensor in tensors.items():
         kind = _TYPE_NAMES.get(tensor.data_type)
         if kind is None or not tensor.dims or _is_overhead(name, tensors):
             continue
-        own_bits = _bits(tensor) + sum(_bits(tensors[name + s]) for s in (SCALE, ZERO_POINT) if name + s in tensors)
+        own_bits = _bits(tensor) + sum(_bits(tensors[name + s]) for s in _OVERHEADS if name + s in tensors)
         count = int(np.prod(tensor.dims))
         if block := blocks.get(name):
             count, kind = block["N"] * block["K"], f"INT{block['bits']}_G{block['block_size']}"
@@ -143,16 +192,17 @@ def describe_onnx(path: Path) -> OnnxSummary:
         n_weights, bits = n_weights + count, bits + own_bits
         if name in linear:
             n_linear, linear_bits = n_linear + count, linear_bits + own_bits
-    if not n_linear:
-        raise SlimpiError(f"{path} has no linear weights. Name an exported encoder.")
-    return OnnxSummary(types, n_weights, n_linear, bits / n_weights, linear_bits / n_linear)
+    if not n_weights:
+        raise SlimpiError(f"{path} has no weights. Name an exported classifier.")
+    return OnnxSummary(types, n_weights, n_linear, bits / n_weights, linear_bits / n_linear if n_linear else 0.0)
 
 
+_OVERHEADS = (SCALE, ZERO_POINT, DIVISOR, KEPT_ROWS, KEPT_INDEX)
 _TYPE_NAMES = {TensorProto.FLOAT: "FP32", TensorProto.UINT8: "U8", TensorProto.INT8: "S8"}
 
 
 def _is_overhead(name: str, tensors: dict[str, TensorProto]) -> bool:
-    return any(name.endswith(s) and name.removesuffix(s) in tensors for s in (SCALE, ZERO_POINT))
+    return any(name.endswith(s) and name.removesuffix(s) in tensors for s in _OVERHEADS)
 
 
 def _bits(tensor: TensorProto) -> int:
@@ -176,30 +226,31 @@ def _load(path: Path) -> onnx.ModelProto:
 # Export.
 
 
-def _exported(encoder: Encoder) -> onnx.ModelProto:
+def exported(encoder: Encoder, task: str = "text-classification") -> onnx.ModelProto:
+    """The model as optimum exports it for a task ("feature-extraction" of a body), weights under their own names."""
     from optimum.exporters.onnx import onnx_export_from_model
 
-    with tempfile.TemporaryDirectory(prefix="slimpi-onnx-") as scratch, _to_stderr(), quiet_transformers():
+    with tempfile.TemporaryDirectory(prefix="slimpi-onnx-") as scratch, to_stderr(), quiet_transformers():
         encoder.model.config._name_or_path = scratch  # optimum copies what it finds at that path; there is nothing
         try:
-            onnx_export_from_model(
-                encoder.model, Path(scratch), task="text-classification", opset=OPSET, do_validation=False
-            )
+            onnx_export_from_model(encoder.model, Path(scratch), task=task, opset=OPSET, do_validation=False)
         except (ValueError, KeyError, NotImplementedError) as error:
             kind = encoder.model.config.model_type
             raise SlimpiError(f"optimum cannot export a {kind} classifier: {error}. Use another encoder.") from error
-        return onnx.load(Path(scratch) / "model.onnx")
+        model = onnx.load(Path(scratch) / "model.onnx")
+    name_weights(model, encoder.model.state_dict())
+    return model
 
 
 @contextlib.contextmanager
-def _to_stderr() -> Any:
+def to_stderr() -> Any:
     """Exporters print and warn of things that `_compare` checks; stdout is for results."""
     with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
-def _name_weights(model: onnx.ModelProto, parameters: dict[str, Any]) -> None:
+def name_weights(model: onnx.ModelProto, parameters: dict[str, Any]) -> None:
     """Give transposed weights, which exporters number (`onnx::MatMul_746`), their parameter's name back."""
     names = {p.numpy().T.tobytes(): name for name, p in parameters.items() if p.ndim == 2}
     renamed = {}
@@ -218,7 +269,7 @@ def _compare(data: bytes, encoder: Encoder, max_tokens: int) -> None:
     import onnxruntime
     import torch
 
-    session = onnxruntime.InferenceSession(data, _one_thread(), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(data, one_thread(), providers=["CPUExecutionProvider"])
     names = [entry.name for entry in session.get_inputs()]
     rng = np.random.default_rng(0)
     for batch, length in ((1, max_tokens), (3, max(3, max_tokens // 2))):
@@ -234,7 +285,7 @@ def _compare(data: bytes, encoder: Encoder, max_tokens: int) -> None:
             raise SlimpiError(f"the ONNX export of this {kind} is off by {worst:.3g}. Use another encoder.")
 
 
-def _one_thread() -> Any:
+def one_thread() -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -243,7 +294,7 @@ def _one_thread() -> Any:
     return options
 
 
-def _bare_tokenizer(tokenizer: Any) -> bytes:
+def bare_tokenizer(tokenizer: Any) -> bytes:
     """tokenizer.json without padding or truncation: the device cuts at max_tokens and pads to its batch."""
     import tokenizers
 

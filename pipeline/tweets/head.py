@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import csv
-import inspect
-import os
-import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from device.schema import SlimpiError
-from pipeline.encoders import Encoder, head_linear, load_encoder
+from pipeline.encoders import Encoder, encode_batch, head_linear, load_encoder, save_encoder
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -66,7 +63,7 @@ def train_head(
     features = extract_features(encoder, texts, max_tokens, progress)
     weight, bias, fit = _fit(features, targets, seed, encoder.fresh)
     _write_head(head_linear(encoder.model), weight, bias)
-    _save(encoder, out_dir)
+    save_encoder(encoder, out_dir)
     return fit
 
 
@@ -109,7 +106,7 @@ def extract_features(encoder: Encoder, texts: list[str], max_tokens: int, progre
         with torch.inference_mode():
             for start in range(0, len(order), BATCH_SIZE):
                 batch = order[start : start + BATCH_SIZE]
-                encoder.model(**_encode(encoder, [texts[i] for i in batch], max_tokens))
+                encoder.model(**encode_batch(encoder, [texts[i] for i in batch], max_tokens))
                 features.update(zip(batch, seen.pop().numpy(), strict=True))
                 if progress:
                     progress(start + len(batch), len(order), "texts")
@@ -122,13 +119,6 @@ def extract_features(encoder: Encoder, texts: list[str], max_tokens: int, progre
             "(texts, features). Use an encoder such as BERT or RoBERTa."
         )
     return stacked
-
-
-def _encode(encoder: Encoder, texts: list[str], max_tokens: int) -> dict[str, torch.Tensor]:
-    """A padded batch of the inputs the model takes: not all know token types."""
-    batch = encoder.tokenizer(texts, truncation=True, max_length=max_tokens, padding=True, return_tensors="pt")
-    known = inspect.signature(encoder.model.forward).parameters
-    return {name: tensor for name, tensor in batch.items() if name in known}
 
 
 def _fit(
@@ -173,16 +163,3 @@ def _write_head(linear: torch.nn.Linear, weight: FloatArray, bias: FloatArray) -
     with torch.no_grad():
         linear.weight.copy_(torch.from_numpy(weight))
         linear.bias.copy_(torch.from_numpy(bias))
-
-
-def _save(encoder: Encoder, out_dir: Path) -> None:
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    partial = out_dir.with_name(f".{out_dir.name}.{os.getpid()}.partial")
-    try:
-        encoder.model.save_pretrained(partial, safe_serialization=True)
-        encoder.tokenizer.save_pretrained(partial)
-        partial.replace(out_dir)
-    except OSError as error:
-        raise SlimpiError(f"cannot write {out_dir}: {error.strerror or error}. Free some space.") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,137 @@
+"""GGUF: llama-quantize's own types, and METHODS in the types of a plan."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from device.schema import SlimpiError, Step
+from pipeline import checkpoint, quantize
+from pipeline.calibration_stages import WITH_IMPORTANCE, importance_matrix, input_stats
+from pipeline.export import gguf as gguf_export
+from pipeline.export import llama_quantize
+from pipeline.exporter import Context, Exporter, Made, Prepared
+from pipeline.formats import bits_per_weight
+from pipeline.methods import METHODS, llama_codes
+from pipeline.planning import budget_of, chosen_plan
+from pipeline.recipes import artifact_name
+from pipeline.store import stage
+from pipeline.variants import TYPES, VariantSpec, parse_variant
+
+_NOTES_SHOWN = 3
+
+
+def _prepare_gguf(context: Context) -> Prepared:
+    recipe = context.recipe
+    known = (*TYPES, *llama_codes.TYPES)
+    if unknown := [t for t in recipe.plan.types if t not in known]:
+        raise SlimpiError(
+            f"recipe {recipe.name}: [plan] types has {unknown[0]!r}; a budget chooses from {', '.join(known)}."
+        )
+    base, model = lossless(context)
+    lineage = [Step(action="convert", source=context.source.spec, settings={"dtype": "auto (lossless)"})]
+    if any(v in WITH_IMPORTANCE for v in recipe.variants):
+        importance_matrix(context, base)  # before any variant: a text that is no good is told at once
+    notes = [f"the reference: {note}" for note in model.notes]
+    return Prepared(base, model.vocab.sha256(), lineage, notes)
+
+
+def lossless(context: Context) -> tuple[Path, checkpoint.Checkpoint]:
+    """The source as a GGUF of its own values, and what it was read from."""
+    model = checkpoint.load(context.source.path)
+
+    def convert(folder: Path) -> None:
+        with context.progress.step("convert to GGUF, lossless") as tick:
+            gguf_export.export_gguf(
+                model, folder / "base.gguf", "auto", progress=lambda name, done, total: tick(done, total, name)
+            )
+
+    key = ["gguf-base", context.source.sha256]
+    folder = stage(context.places.stages, f"{context.recipe.name}-base", key, convert, context.progress.say)
+    return folder / "base.gguf", model
+
+
+def _make_gguf(context: Context, prepared: Prepared, variant: str, folder: Path) -> Made:
+    out = folder / f"{artifact_name(context.recipe, variant)}.gguf"
+    spec = parse_variant(variant)
+    if spec.method:
+        return _quantize_by_method(context, prepared, spec, out)
+    importance, lineage = None, list[Step]()
+    if variant in WITH_IMPORTANCE:
+        importance, step = importance_matrix(context, prepared.base)
+        lineage.append(step)
+    with context.progress.step(f"quantize {variant}") as tick:
+        # Quantizing shares no barrier between its threads, so all cores help even on a busy machine.
+        result = llama_quantize.quantize_gguf(prepared.base, out, variant, importance, os.cpu_count() or 1, tick)
+    settings = {"variant": variant, "importance": importance is not None}
+    uncovered = f"importance matrix does not cover: {', '.join(result.without_importance)}"
+    return Made(
+        **_measured(out, result.types),
+        lineage=[*lineage, Step(action="llama_model_quantize", source="base.gguf", settings=settings)],
+        fallbacks=result.fallbacks,
+        notes=[uncovered] if result.without_importance else [],
+    )
+
+
+def _measured(out: Path, types: dict[str, str]) -> dict[str, Any]:
+    tensors = gguf_export.read_gguf_types(out)
+    linear = [t for t in tensors if _is_block_matrix(t[0])]
+    return {
+        "entry": out.name,
+        "types": types,
+        "n_weights": sum(n_elements for _, _, n_elements, _ in tensors),
+        "n_linear_weights": sum(n_elements for _, _, n_elements, _ in linear),
+        "bits_per_weight": bits_per_weight(tensors),
+        "bits_per_linear_weight": bits_per_weight(linear),
+    }
+
+
+def _quantize_by_method(context: Context, prepared: Prepared, spec: VariantSpec, out: Path) -> Made:
+    """One of METHODS, layer by layer, into the types of a plan."""
+    model = checkpoint.load(prepared.base)
+    budget = budget_of(context, prepared.base, spec)
+    needed = METHODS[spec.method].needs != "nothing" or budget is not None
+    stats, lineage = input_stats(context, prepared.base) if needed else ({}, [])
+    shop = quantize.Workshop(
+        context.places.stages,
+        context.recipe.name,
+        weights_key=context.source.sha256,
+        stats_key=[step.settings for step in lineage],
+        device=quantize.compute_device(),
+        say=context.progress.say,
+    )
+    planned = chosen_plan(context, prepared, spec, budget, model, stats, shop)
+    plan, shop = planned.plan, replace(shop, outer_key=planned.outer_key)
+    with context.progress.step(f"quantize {spec.name}") as tick:
+        parts = quantize.quantize_model(model, spec.method, plan, stats | planned.outer, shop, tick)
+    _show(context, parts.notes)
+    with context.progress.step(f"write {spec.name}") as tick:
+        encode = quantize.encoder(parts, plan)
+        types = gguf_export.export_gguf(
+            model, out, "auto", encode, progress=lambda name, done, total: tick(done, total, name)
+        )
+    settings = {"method": spec.method, "plan": spec.name.partition("-")[2], "device": shop.device.type}
+    return Made(
+        **_measured(out, types),
+        lineage=[*lineage, *planned.steps, Step(action="quantize", source="base.gguf", settings=settings)],
+        fallbacks=list(plan.fallbacks),
+        notes=parts.notes,
+        spent=parts.blocks,
+    )
+
+
+def _show(context: Context, notes: list[str]) -> None:
+    for note in notes[:_NOTES_SHOWN]:
+        context.progress.say(f"    {note}")
+    if len(notes) > _NOTES_SHOWN:
+        context.progress.say(f"    and {len(notes) - _NOTES_SHOWN} more such notes, in its manifest.json")
+
+
+def _is_block_matrix(tensor: str) -> bool:
+    """A weight matrix inside a transformer block: what "linear layers" means in bits per weight."""
+    return tensor.startswith("blk.") and tensor.endswith(".weight") and "norm" not in tensor
+
+
+GGUF = Exporter("gguf", "lm", parse_variant, _prepare_gguf, _make_gguf)

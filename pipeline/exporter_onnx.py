@@ -1,0 +1,155 @@
+"""ONNX: an encoder with a classification head, trained first where the recipe says so, or a classifier of tweets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from device.schema import SlimpiError, Step, encode, read_record, sha256_file, write_atomic
+from pipeline import sources
+from pipeline.export import onnx, onnx_observe
+from pipeline.exporter import Context, Exporter, Made, Prepared
+from pipeline.recipes import Train
+from pipeline.store import digest, stage
+from pipeline.tweets import data, head
+from pipeline.tweets.calibration import Calibration
+from pipeline.tweets.classifiers import settings_of, vector_files, with_max_tokens
+from pipeline.tweets.decide import train_decider
+
+
+def _prepare_onnx(context: Context) -> Prepared:
+    recipe, progress = context.recipe, context.progress
+    if recipe.train:
+        return _trained_classifier(context, recipe.train)
+    labels = recipe.labels
+    notes: list[str] = []
+    lineage: list[Step] = []
+    model_dir = context.source.path
+    if recipe.head:
+        model_dir, step = _trained_head(context)
+        lineage.append(step)
+        notes.append(f"classification head trained on {recipe.head.rows}")
+
+    def export(folder: Path) -> None:
+        with progress.step("export encoder to ONNX FP32"):
+            onnx.export_encoder(model_dir, folder, labels, recipe.max_tokens)
+
+    key = ["onnx-base", context.source.sha256, labels, recipe.max_tokens, [s.settings for s in lineage]]
+    base = stage(context.places.stages, f"{recipe.name}-base", key, export, progress.say)
+    lineage.append(Step(action="export", source=context.source.spec, settings={"max_tokens": recipe.max_tokens}))
+    return Prepared(base / "model.onnx", sha256_file(base / "tokenizer.json"), lineage, notes)
+
+
+def _trained_head(context: Context) -> tuple[Path, Step]:
+    recipe = context.recipe
+    assert recipe.head is not None
+    if len(recipe.labels) < 2:
+        raise SlimpiError(
+            f"recipe {recipe.name} trains a head but `labels` has {len(recipe.labels)}: name at least two."
+        )
+    settings = recipe.head
+    rows = sources.dataset(settings.rows, context.places.sources)
+    key = ["head", context.source.sha256, sha256_file(rows), settings, recipe.labels, recipe.max_tokens]
+
+    def train(folder: Path) -> None:
+        with context.progress.step(f"train classification head on {settings.rows}") as tick:
+            head.train_head(
+                context.source.path,
+                rows,
+                folder,
+                text_column=settings.text_column,
+                label_column=settings.label_column,
+                labels=recipe.labels,
+                max_tokens=recipe.max_tokens,
+                seed=settings.seed,
+                progress=tick,
+            )
+
+    folder = stage(context.places.stages, f"{recipe.name}-head", key, train, context.progress.say)
+    return folder, Step(
+        action="train head", source=settings.rows, settings={"key": digest(key)[:16], "seed": settings.seed}
+    )
+
+
+def _trained_classifier(context: Context, train: Train) -> Prepared:
+    """[train]: a classifier trained, calibrated and exported in one stage."""
+    recipe, places = context.recipe, context.places
+    rows = sources.dataset(train.rows, places.sources)
+    settings = with_max_tokens(train.classifier, train.settings, recipe.max_tokens)
+    settings_of(train.classifier, settings)  # a bad table is told before anything is read
+    tweets = data.read_tweets(
+        rows, data.Columns(text=train.text_column, target=train.label_column, keyword=train.keyword_column)
+    )
+
+    def make(folder: Path) -> None:
+        with context.progress.step(f"train {train.classifier} on {train.rows}") as tick:
+            decider = train_decider(
+                train.classifier,
+                settings,
+                tweets,
+                context.source.path if context.source.spec != sources.NO_SOURCE else None,
+                places.sources,
+                places.stages / f"{recipe.name}-searches",
+                train.seed,
+                train.validation_share,
+                train.threshold,
+                tick,
+            )
+        with context.progress.step("export classifier to ONNX FP32"):
+            decider.export(folder)
+            write_atomic(folder / "calibration.json", encode(decider.calibration))
+
+    vectors = [sources.hash_path(path) for path in vector_files(settings)]
+    key = ["train", context.source.sha256, sha256_file(rows), train, settings, vectors]
+    base = stage(places.stages, f"{recipe.name}-base", key, make, context.progress.say)
+    fitted = read_record(base / "calibration.json", Calibration)
+    step = Step(
+        action=f"train {train.classifier}",
+        source=train.rows,
+        settings={"key": digest(key)[:16], "seed": train.seed, **msgspec.structs.asdict(fitted)},
+    )
+    notes = [f"{train.classifier} trained on {train.rows}, {fitted}"]
+    return Prepared(base / "model.onnx", _reader_sha256(base), [step], notes)
+
+
+def _reader_sha256(folder: Path) -> str:
+    """Of what turns texts into inputs: one file's own hash, or that of both."""
+    files = onnx.input_files(folder)
+    return sha256_file(files[0]) if len(files) == 1 else sources.hash_path(folder, files)
+
+
+def _make_onnx(context: Context, prepared: Prepared, variant: str, folder: Path) -> Made:
+    lineage, calibration = list[Step](), None
+    if onnx.needs_calibration(variant):
+        calibration, step = _passages(context, prepared)
+        lineage.append(step)
+    with context.progress.step(f"write {variant}") as tick:
+        summary = onnx.make_variant(prepared.base, folder, variant, calibration, tick)
+    return Made(
+        entry="model.onnx",
+        types=summary.types,
+        n_weights=summary.n_weights,
+        n_linear_weights=summary.n_linear_weights,
+        bits_per_weight=summary.bits_per_weight,
+        bits_per_linear_weight=summary.bits_per_linear_weight,
+        lineage=[
+            *lineage,
+            Step(action="onnx variant", source="model.onnx", settings={"variant": variant, **summary.facts}),
+        ],
+        notes=summary.notes,
+    )
+
+
+def _passages(context: Context, prepared: Prepared) -> tuple[onnx_observe.Calibration, Step]:
+    """Lines of the calibration text as the encoder's tokens; [calibration] n_ctx and n_chunks cut them."""
+    settings = context.recipe.calibration
+    text = sources.dataset(settings.text, context.places.sources)
+    max_tokens = min(settings.n_ctx, context.recipe.max_tokens)
+    reader = prepared.base.with_name("tokenizer.json")
+    found = onnx_observe.read_calibration(text, settings.text, reader, max_tokens, settings.n_chunks)
+    facts = {"n_passages": len(found.encodings), "max_tokens": max_tokens, "text_sha256": sha256_file(text)}
+    return found, Step(action="calibrate", source=settings.text, settings=facts)
+
+
+ONNX = Exporter("onnx", "classifier", onnx.check_variant, _prepare_onnx, _make_onnx)

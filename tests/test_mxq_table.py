@@ -1,0 +1,111 @@
+"""benchmarks/mxq_table.py: budgets are kept, the program is optimal, and a whole run on a tiny model."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import save_tiny
+
+from device.schema import read_record
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))  # scripts, not a package
+
+import mxq_table
+
+from pipeline.checkpoint import load
+from pipeline.formats import FORMATS
+from pipeline.plan_costs import Costs
+
+
+def model_of(n_weights: dict[str, int]) -> mxq_table.Model:
+    return mxq_table.Model(None, n_weights, dict.fromkeys(n_weights, 128), {})  # type: ignore[arg-type]
+
+
+def test_the_program_takes_the_least_error_that_fits_by_trying_all() -> None:
+    kinds = ("MXQ_B2_G64", "MXQ_B4_G32", "MXQ_B8_G128")
+    generator = torch.Generator().manual_seed(0)
+    sizes = {f"blk.{i}.a.weight": 1024 * (i + 1) for i in range(4)}
+    errors: Costs = {
+        name: dict(zip(kinds, sorted(torch.rand(3, generator=generator).tolist(), reverse=True), strict=True))
+        for name in sizes
+    }
+    for bits in (2.75, 4.0, 5.5):
+        chosen = mxq_table.best(model_of(sizes), errors, bits)
+        spent = {
+            choice: sum(sizes[n] * FORMATS[k].bits_per_weight for n, k in zip(sizes, choice, strict=True))
+            for choice in itertools.product(kinds, repeat=len(sizes))
+        }
+        least = min(
+            math.fsum(errors[n][k] for n, k in zip(sizes, choice, strict=True))
+            for choice, total in spent.items()
+            if total <= bits * sum(sizes.values())
+        )
+        assert math.fsum(errors[n][k] for n, k in chosen.items()) == pytest.approx(least)
+        assert spent[tuple(chosen.values())] <= bits * sum(sizes.values())
+
+
+def test_every_budget_has_its_rows_once() -> None:
+    labels = [entry.label for entry in mxq_table.entries(model_of({}), lambda measure: {})]
+    assert len(labels) == len(set(labels)) == 6 + 4 + 3 * len(mxq_table.BUDGETS)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    save_tiny("llama", tmp_path / "hf", torch.bfloat16)
+    (tmp_path / "tiny.toml").write_text(
+        f'name = "tiny"\nsource = "path:{tmp_path / "hf"}"\nexport = "gguf"\nvariants = ["F16"]\n'
+        "[calibration]\nn_ctx = 64\nn_chunks = 4\n[golden]\nn = 4\nn_tokens = 16\n"
+    )
+    monkeypatch.setenv("SLIMPI_HOME", str(tmp_path))
+    return tmp_path
+
+
+def bench(home: Path, *labels: str) -> int:
+    rows = [word for label in labels for word in ("--only", label)]
+    text = ["--text", "demo:prose_test.txt", "--n-ctx", "64", "--chunks", "3"]
+    return mxq_table.main([str(home / "tiny.toml"), *rows, *text, "--out", str(home / "mxq.json")])
+
+
+def test_a_whole_run_goes_on_from_the_rows_it_has(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = ("HQQ b4g32", "HQQ b3g32", "MXQ 3.50", "MXQ, output error + GPTQ 3.50")
+    assert bench(home, *labels) == 0
+    table = read_record(home / "mxq.json", mxq_table.Table)
+    rows = {row.label: row for row in table.rows}
+    assert rows.keys() == set(labels)
+    n_linear = sum(1 for name in load(home / "hf").tensors if name.endswith("proj.weight"))
+    for row in rows.values():
+        assert sum(row.formats.values()) == n_linear
+        assert [score.n_chunks for score in row.scores] == [3]
+        assert 0 < row.scores[0].kld < 5
+    assert rows["HQQ b4g32"].bits_per_linear_weight == pytest.approx(FORMATS["MXQ_B4_G32"].bits_per_weight)
+    for label in labels[2:]:
+        assert 3.2 < rows[label].bits_per_linear_weight <= 3.5
+    assert rows["HQQ b4g32"].scores[0].kld < rows["HQQ b3g32"].scores[0].kld
+    assert not list(home.glob("models/artifacts/.mxq-*"))
+
+    monkeypatch.setattr(mxq_table, "write_model", None)
+    assert bench(home, *labels[:2]) == 0
+    assert read_record(home / "mxq.json", mxq_table.Table).rows == table.rows
+
+
+def test_a_model_of_other_widths_is_told(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench(home, "HQQ b4g128") == 1
+    assert "blocks of 128 do not divide" in capsys.readouterr().err
+    assert not (home / "mxq.json").exists()
+
+
+def test_what_awq_folds_into_norms_is_in_the_file_too(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In 8 bits the function is that of the weights before; with norms as they were it would be another."""
+
+    def entries(model: mxq_table.Model, errors: object) -> list[mxq_table.Entry]:
+        return [mxq_table.Entry("AWQ b8g32", "awq", lambda: dict.fromkeys(model.linear, "MXQ_B8_G32"))]
+
+    monkeypatch.setattr(mxq_table, "entries", entries)
+    assert bench(home, "AWQ") == 0
+    (row,) = read_record(home / "mxq.json", mxq_table.Table).rows
+    assert 0 < row.scores[0].kld < 0.002
