@@ -58,4 +58,4 @@ def test_minilm_predicts_every_real_tweet_as_transformers_does(tmp_path: Path, d
     assert np.abs(host - device).max() < 1e-4
     differing = [i for i, p in enumerate(said) if p.label != LABELS[int(host[i] > 0.5)]]
     assert not differing
-    assert 0.2 < (device > 0.5).mean() < 0.8, "one label for all would prove nothing"
+    assert 0.1 < (device > 0.5).mean() < 0.9, "one label for all would prove nothing"
