@@ -17,7 +17,7 @@ PI_VARIANTS ?= Q8_0 Q4_K_M Q4_0 INT8-dynamic
 EMULATED_SIZES := --n-ctx 64 --n-chunks 2 --n-prompt 16 --n-gen 4 --repetitions 3 --limit 16
 DEPLOY_SIZES ?= $(if $(filter emulated,$(PI)),$(EMULATED_SIZES))
 
-.PHONY: demo install test test-slow lint bench-peers bench-quality bench-mxq bench-classify peers tweets tweets-ablation fault-drill deploy-pi pi-emulator clean help
+.PHONY: demo install test test-slow lint bench-peers bench-quality bench-mxq bench-classify bench-int8 peers tweets tweets-ablation fault-drill deploy-pi pi-emulator clean help
 
 help:           ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/ /'
@@ -56,6 +56,9 @@ peers: install  ## llama.cpp's own tools, from the sources of the installed pack
 bench-peers: install  ## perplexity and speed against llama.cpp's own tools, same build, same files
 	$(SLIMPI) build models/smollm2-135m.toml
 	$(BIN)/python benchmarks/peers.py
+
+bench-int8: install  ## INT8 classifiers against fp32: flips, accuracy, size; five seeds a task (an hour; goes on where it was stopped)
+	$(BIN)/python benchmarks/int8_table.py
 
 bench-quality: install  ## KL divergence and perplexity at equal bytes against llama-quantize (hours; goes on where it was stopped)
 	$(BIN)/python benchmarks/bench_quality.py
