@@ -36,11 +36,11 @@ class NetSettings(WordSettings, frozen=True, kw_only=True):
 
     vectors: tuple[str, ...] = ("glove-6b-50d",)
     extra_words: int = 20_000
-    unknown: Literal["random", "zero"] = "random"
+    unknown: Literal["random", "zero"] = "zero"
     train_vectors: bool = False
     dropout: float = 0.1
     l2: float = 1e-3
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     batch_size: int = 64
     epochs: int = 12
     patience: int = 3
