@@ -203,8 +203,8 @@ def classify_stdin(host: Host, folder: Path, places: Places, threads: int, progr
         texts = read_texts(0)
         with closing(classify(host, folder, texts, places, threads=threads, progress=progress)) as said:  # type: ignore[type-var]
             for prediction in said:
+                n_said += 1  # before it is written: who has read the line may interrupt at once
                 _write_all(1, encode_line(prediction))
-                n_said += 1
     except transport.Interrupted as error:
         raise SlimpiError(f"interrupted; {n_said} texts were classified.") from error
     except BrokenPipeError:

@@ -8,7 +8,7 @@ import msgspec
 
 from device.schema import SlimpiError, Step, encode, read_record, sha256_file, write_atomic
 from pipeline import sources
-from pipeline.export import onnx
+from pipeline.export import onnx, onnx_observe
 from pipeline.exporter import Context, Exporter, Made, Prepared
 from pipeline.recipes import Train
 from pipeline.store import digest, stage
@@ -120,8 +120,12 @@ def _reader_sha256(folder: Path) -> str:
 
 
 def _make_onnx(context: Context, prepared: Prepared, variant: str, folder: Path) -> Made:
-    with context.progress.step(f"write {variant}"):
-        summary = onnx.make_variant(prepared.base, folder, variant)
+    lineage, calibration = list[Step](), None
+    if onnx.needs_calibration(variant):
+        calibration, step = _passages(context, prepared)
+        lineage.append(step)
+    with context.progress.step(f"write {variant}") as tick:
+        summary = onnx.make_variant(prepared.base, folder, variant, calibration, tick)
     return Made(
         entry="model.onnx",
         types=summary.types,
@@ -129,8 +133,23 @@ def _make_onnx(context: Context, prepared: Prepared, variant: str, folder: Path)
         n_linear_weights=summary.n_linear_weights,
         bits_per_weight=summary.bits_per_weight,
         bits_per_linear_weight=summary.bits_per_linear_weight,
-        lineage=[Step(action="onnx variant", source="model.onnx", settings={"variant": variant})],
+        lineage=[
+            *lineage,
+            Step(action="onnx variant", source="model.onnx", settings={"variant": variant, **summary.facts}),
+        ],
+        notes=summary.notes,
     )
+
+
+def _passages(context: Context, prepared: Prepared) -> tuple[onnx_observe.Calibration, Step]:
+    """Lines of the calibration text as the encoder's tokens; [calibration] n_ctx and n_chunks cut them."""
+    settings = context.recipe.calibration
+    text = sources.dataset(settings.text, context.places.sources)
+    max_tokens = min(settings.n_ctx, context.recipe.max_tokens)
+    reader = prepared.base.with_name("tokenizer.json")
+    found = onnx_observe.read_calibration(text, settings.text, reader, max_tokens, settings.n_chunks)
+    facts = {"n_passages": len(found.encodings), "max_tokens": max_tokens, "text_sha256": sha256_file(text)}
+    return found, Step(action="calibrate", source=settings.text, settings=facts)
 
 
 ONNX = Exporter("onnx", "classifier", onnx.check_variant, _prepare_onnx, _make_onnx)

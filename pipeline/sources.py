@@ -305,7 +305,7 @@ def dataset(spec: str, cache: Path) -> Path:
             raise SlimpiError(f"dataset {spec}: {path.absolute()} is not a file. Check the path.")
         return path
     if kind == "data":
-        return _existing(spec, _data_folder(spec), rest)
+        return _existing(spec, data_folder(spec), rest)
     if kind == "hf":
         parts = rest.split("/", 2)
         if len(parts) != 3 or not all(parts):
@@ -315,7 +315,7 @@ def dataset(spec: str, cache: Path) -> Path:
     raise SlimpiError(f"unknown dataset {spec!r}. Use demo:, path:, data:, hf: or one of {known}.")
 
 
-def _data_folder(spec: str) -> Path:
+def data_folder(spec: str) -> Path:
     value = os.environ.get("SLIMPI_DATA", "")
     if not value:
         raise SlimpiError(f"dataset {spec}: set the environment variable SLIMPI_DATA to your data folder.")

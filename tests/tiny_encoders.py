@@ -1,4 +1,4 @@
-"""Tiny random sequence classifiers of three families, saved as Hugging Face folders with real tokenizers."""
+"""Tiny random sequence classifiers of several families, saved as Hugging Face folders with real tokenizers."""
 
 from __future__ import annotations
 
@@ -32,8 +32,14 @@ TINY = {
         "pad_token_id": 1,
         "max_position_embeddings": MAX_TOKENS,
     },
+    "mpnet": {**_BERT_SIZES, "max_position_embeddings": MAX_TOKENS + 2},
 }
-HEADS = {"bert": "classifier", "roberta": "classifier.out_proj", "distilbert": "classifier"}
+HEADS = {
+    "bert": "classifier",
+    "roberta": "classifier.out_proj",
+    "distilbert": "classifier",
+    "mpnet": "classifier.out_proj",
+}
 
 
 def save_encoder(family: str, folder: Path, n_labels: int = 2, seed: int = 0) -> PreTrainedModel:

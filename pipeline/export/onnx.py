@@ -1,6 +1,6 @@
-"""Encoders as ONNX: exported in fp32 with optimum, then rewritten to dynamic INT8.
+"""Encoders as ONNX: exported in fp32 with optimum, then rewritten to dynamic INT8 (calibrated forms: onnx_int8.py).
 
-INT8 here is ONNX's dynamic scheme: DynamicQuantizeLinear on the activations (uint8, one scale a tensor),
+`INT8-dynamic` is ONNX's dynamic scheme: DynamicQuantizeLinear on the activations (uint8, one scale a tensor),
 MatMulInteger with uint8 weights (one scale and zero point a column), embeddings in uint8 (a scale and zero
 point a row). Weights are uint8 and not int8 because u8 x s8 products saturate on x86 without VNNI, which
 would make the host's accuracy another than the device's. LayerNorm, softmax, GELU and biases stay fp32.
@@ -13,7 +13,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,11 @@ from onnx import TensorProto, numpy_helper
 
 from device.schema import SlimpiError, write_atomic
 from pipeline.encoders import Encoder, load_encoder, quiet_transformers
-from pipeline.export import onnx_nbits
+from pipeline.export import onnx_int8, onnx_nbits
+from pipeline.export.onnx_observe import Calibration, Observed
 from pipeline.export.onnx_rewrite import SCALE, ZERO_POINT, Rewriter
+from pipeline.export.onnx_static import DIVISOR, KEPT_INDEX, KEPT_ROWS
+from pipeline.progress import Tick, quiet
 
 OPSET = 18
 MAX_PROTOBUF_BYTES = 2**31 - 2**20
@@ -33,13 +36,18 @@ EXPORT_TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class OnnxSummary:
-    """What a file holds, read from it: {weight: type}, parameters, and bits a parameter with all overheads."""
+    """What a file holds, read from it: {weight: type}, parameters, and bits a parameter with all overheads.
+
+    notes and facts: what choosing the form had to say, for the manifest.
+    """
 
     types: dict[str, str]
     n_weights: int
     n_linear_weights: int
     bits_per_weight: float
     bits_per_linear_weight: float
+    notes: list[str] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 def export_encoder(model_dir: Path, out_dir: Path, labels: list[str], max_tokens: int) -> Path:
@@ -68,18 +76,36 @@ def export_encoder(model_dir: Path, out_dir: Path, labels: list[str], max_tokens
     return out_dir / "model.onnx"
 
 
-def make_variant(base: Path, out_dir: Path, variant: str) -> OnnxSummary:
-    """Write `variant` of the fp32 file `base` to out_dir/model.onnx, with what reads its texts (INPUT_FILES)."""
+def make_variant(
+    base: Path,
+    out_dir: Path,
+    variant: str,
+    calibration: Calibration | None = None,
+    tick: Tick = quiet,
+    seen: dict[str, Observed] | None = None,
+) -> OnnxSummary:
+    """Write `variant` of the fp32 file `base` to out_dir/model.onnx, with what reads its texts (INPUT_FILES).
+
+    `seen` keeps what was observed on the calibration text for the next variant of the same base.
+    SlimpiError for an unknown variant, one that must be calibrated and is not, or a file that has no such form.
+    """
     check_variant(variant)
     readers = input_files(base.parent)
     out_dir.mkdir(parents=True, exist_ok=True)
     for path in readers:
         write_atomic(out_dir / path.name, path.read_bytes())
+    out = out_dir / "model.onnx"
+    if spec := onnx_int8.parse(variant):
+        if calibration is None:
+            raise SlimpiError(f"{variant} needs a calibration text. Name one in the recipe's [calibration].")
+        quantized = onnx_int8.quantize(_fresh(base), spec, calibration, seen=seen, tick=tick)
+        write_atomic(out, quantized.model.SerializeToString())
+        return replace(describe_onnx(out), notes=quantized.notes, facts=quantized.facts)
     if blockwise := onnx_nbits.parse(variant):
-        onnx_nbits.quantize_blockwise(_load(base), out_dir / "model.onnx", *blockwise)
+        onnx_nbits.quantize_blockwise(_load(base), out, *blockwise)
     else:
-        ONNX_VARIANTS[variant](base, out_dir / "model.onnx")
-    return describe_onnx(out_dir / "model.onnx")
+        ONNX_VARIANTS[variant](base, out)
+    return describe_onnx(out)
 
 
 INPUT_FILES = ("tokenizer.json", "words.json")
@@ -95,10 +121,15 @@ def input_files(folder: Path) -> list[Path]:
 
 
 def check_variant(variant: str) -> None:
-    if variant not in ONNX_VARIANTS and onnx_nbits.parse(variant) is None:
+    if variant not in ONNX_VARIANTS and onnx_nbits.parse(variant) is None and onnx_int8.parse(variant) is None:
         raise SlimpiError(
-            f"unknown ONNX variant {variant!r}. Known: {', '.join(ONNX_VARIANTS)}, and {onnx_nbits.help_text()}."
+            f"unknown ONNX variant {variant!r}. Known: {', '.join(ONNX_VARIANTS)}, {onnx_nbits.help_text()}, and "
+            f"{onnx_int8.help_text()}."
         )
+
+
+def needs_calibration(variant: str) -> bool:
+    return onnx_int8.parse(variant) is not None
 
 
 def copy_fp32(fp32: Path, out: Path) -> Path:
@@ -111,9 +142,7 @@ def quantize_dynamic(fp32: Path, out: Path) -> Path:
 
     Raises SlimpiError if nothing can be rewritten, the file is quantized already, or a weight is used in two ways.
     """
-    model = _load(fp32)
-    if any(node.op_type == "MatMulInteger" for node in model.graph.node):
-        raise SlimpiError(f"{fp32} is quantized already. Start from the FP32 export.")
+    model = _fresh(fp32)
     rewriter = Rewriter(model.graph)
     rewriter.run()
     if not rewriter.rewritten:
@@ -121,6 +150,13 @@ def quantize_dynamic(fp32: Path, out: Path) -> Path:
     onnx.checker.check_model(model)
     write_atomic(out, model.SerializeToString())
     return out
+
+
+def _fresh(fp32: Path) -> onnx.ModelProto:
+    model = _load(fp32)
+    if any(node.op_type in ("MatMulInteger", "DequantizeLinear") for node in model.graph.node):
+        raise SlimpiError(f"{fp32} is quantized already. Start from the FP32 export.")
+    return model
 
 
 ONNX_VARIANTS: dict[str, Callable[[Path, Path], Path]] = {
@@ -133,20 +169,22 @@ def describe_onnx(path: Path, except_linear: Sequence[str] = ()) -> OnnxSummary:
     """Types and sizes of the weights in `path`; those of except_linear do not count as linear layers.
 
     A weight is an fp32 initializer of rank >= 1 or an 8-bit one; index tensors and scalars of the graph are not.
-    Its scales and zero points count as its bits. Linear weights are the right operands of matrix products.
+    Its scales, zero points, divisors and rows kept in fp32 count as its bits. Linear weights are the
+    right operands of matrix products.
     """
     graph = _load(path).graph
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     blocks = {n.input[1]: {a.name: a.i for a in n.attribute} for n in graph.node if n.op_type == "MatMulNBits"}
-    linear = {n.input[1] for n in graph.node if n.op_type in ("MatMul", "Gemm", "MatMulInteger")} | blocks.keys()
-    linear -= set(except_linear)
+    codes = {n.output[0]: n.input[0] for n in graph.node if n.op_type == "DequantizeLinear"}
+    operands = [n.input[1] for n in graph.node if n.op_type in ("MatMul", "Gemm", "MatMulInteger")]
+    linear = ({codes.get(name, name) for name in operands} | blocks.keys()) - set(except_linear)
     types: dict[str, str] = {}
     n_weights = n_linear = bits = linear_bits = 0
     for name, tensor in tensors.items():
         kind = _TYPE_NAMES.get(tensor.data_type)
         if kind is None or not tensor.dims or _is_overhead(name, tensors):
             continue
-        own_bits = _bits(tensor) + sum(_bits(tensors[name + s]) for s in (SCALE, ZERO_POINT) if name + s in tensors)
+        own_bits = _bits(tensor) + sum(_bits(tensors[name + s]) for s in _OVERHEADS if name + s in tensors)
         count = int(np.prod(tensor.dims))
         if block := blocks.get(name):
             count, kind = block["N"] * block["K"], f"INT{block['bits']}_G{block['block_size']}"
@@ -159,11 +197,12 @@ def describe_onnx(path: Path, except_linear: Sequence[str] = ()) -> OnnxSummary:
     return OnnxSummary(types, n_weights, n_linear, bits / n_weights, linear_bits / n_linear if n_linear else 0.0)
 
 
+_OVERHEADS = (SCALE, ZERO_POINT, DIVISOR, KEPT_ROWS, KEPT_INDEX)
 _TYPE_NAMES = {TensorProto.FLOAT: "FP32", TensorProto.UINT8: "U8", TensorProto.INT8: "S8"}
 
 
 def _is_overhead(name: str, tensors: dict[str, TensorProto]) -> bool:
-    return any(name.endswith(s) and name.removesuffix(s) in tensors for s in (SCALE, ZERO_POINT))
+    return any(name.endswith(s) and name.removesuffix(s) in tensors for s in _OVERHEADS)
 
 
 def _bits(tensor: TensorProto) -> int:

@@ -15,17 +15,18 @@ UInt8 = npt.NDArray[np.uint8]
 SCALE, ZERO_POINT = ".scale", ".zero_point"
 
 
-def quantize_u8(weight: Float32, axis: int) -> tuple[UInt8, Float32, UInt8]:
-    """Codes, scales and zero points, one pair a slice along `axis`: weight ~ (codes - zero_point) * scale.
+def quantize_u8(weight: Float32, axis: int, bits: int = 8) -> tuple[UInt8, Float32, UInt8]:
+    """Codes 0...2^bits - 1, scales and zero points, a pair a slice along `axis`: weight ~ (codes - zero_point) * scale.
 
     Affine rounding to nearest over [min(w, 0), max(w, 0)], so that zero is exact (Jacob et al. 2018, eq. 1).
     """
     low = np.minimum(weight.min(axis=1 - axis, keepdims=True), 0).astype(np.float64)
     high = np.maximum(weight.max(axis=1 - axis, keepdims=True), 0).astype(np.float64)
-    scale = ((high - low) / 255).astype(np.float32)
+    top = 2**bits - 1
+    scale = ((high - low) / top).astype(np.float32)
     scale[scale == 0] = 1.0
-    zero_point = np.rint(-low / scale).clip(0, 255)
-    codes = (np.rint(weight / scale) + zero_point).clip(0, 255)
+    zero_point = np.rint(-low / scale).clip(0, top)
+    codes = (np.rint(weight / scale) + zero_point).clip(0, top)
     return codes.astype(np.uint8), scale, zero_point.astype(np.uint8)
 
 
@@ -106,12 +107,15 @@ class Rewriter:
         if tensor.data_type != TensorProto.FLOAT:
             return
         weight = numpy_helper.to_array(tensor)
-        codes, scale, zero_point = quantize_u8(weight.T if transposed else weight, axis)
+        codes, scale, zero_point = self.codes(name, weight.T if transposed else weight, axis)
         if axis == 1:  # MatMulInteger wants one value a column, a lookup one row a row
             scale, zero_point = scale[0], zero_point[0]
         tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(codes), name))
         self.graph.initializer.append(numpy_helper.from_array(scale, f"{name}{SCALE}"))
         self.graph.initializer.append(numpy_helper.from_array(zero_point, f"{name}{ZERO_POINT}"))
+
+    def codes(self, name: str, weight: Float32, axis: int) -> tuple[UInt8, Float32, UInt8]:
+        return quantize_u8(weight, axis)
 
     def add(self, kind: str, inputs: list[str], *outputs: str, **settings: int) -> None:
         self.nodes.append(helper.make_node(kind, inputs, outputs, name=f"{outputs[0]}/{kind}", **settings))

@@ -60,7 +60,7 @@ class MlpNet(WordNet):
         return self.out(x).squeeze(1)
 
     def penalty(self) -> torch.Tensor:
-        return self.l2 * torch.stack([layer.weight.square().sum() for layer in self.layers]).sum()
+        return self.l2 * torch.stack([p.square().sum() for p in self.layers.parameters() if p.ndim == 2]).sum()
 
     def add_to(self, graph: Graph, spec: WordSpec) -> str:
         ids = graph.ids("word_ids", spec.vocabulary)
