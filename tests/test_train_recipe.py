@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
+import onnx
 import pytest
+from onnx import numpy_helper
 from tiny_encoders import MAX_TOKENS
 from toy_tweets import save_toy_encoder, toy_settings, toy_tweets, write_vectors
 
@@ -84,6 +87,9 @@ def test_other_vectors_are_another_artifact(tmp_path: Path) -> None:
     write_vectors(tmp_path / "vectors.txt", seed=1)
     (second,) = build(made, places, Progressor(plain=True))
     assert first != second
+    before, after = (onnx.load(folder / "model.onnx").graph.initializer for folder in (first, second))
+    tables = [next(t for t in part if t.name == "embedding.weight") for part in (before, after)]
+    assert not np.array_equal(*(numpy_helper.to_array(table) for table in tables))
 
 
 @pytest.mark.parametrize(

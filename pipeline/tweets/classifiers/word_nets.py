@@ -107,12 +107,13 @@ def _source(name: str, job: Job, settings: NetSettings) -> Vectors:
     if name == OF_TWEETS:
         reader = WordReader(WordSpec(steps=settings.steps, vocabulary=["", ""], max_words=settings.max_words))
         return train_vectors([reader.words(tweet.text) for tweet in job.tweets], seed=job.seed)
-    return _read(name, job.cache)
+    path = Path(name.removeprefix("path:")).expanduser()
+    return _read(name, job.cache, path.stat().st_mtime_ns if path.exists() else 0)
 
 
 @lru_cache(maxsize=2)
-def _read(name: str, cache: Path) -> Vectors:
-    """Read once for all folds."""
+def _read(name: str, cache: Path, changed_ns: int) -> Vectors:
+    """Read once for all folds, and again when the file changes."""
     return read_vectors(name, cache)
 
 
