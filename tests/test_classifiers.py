@@ -13,8 +13,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from tiny_encoders import save_encoder
-from toy_tweets import ODD, toy_settings, toy_tweets, write_vectors
+from toy_tweets import ODD, save_toy_encoder, toy_settings, toy_tweets, write_vectors
 
 from device.parity import kl_divergence
 from device.schema import SlimpiError
@@ -62,7 +61,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with vectors.txt and a tiny encoder in hf/."""
     folder = tmp_path_factory.mktemp("classifiers")
     write_vectors(folder / "vectors.txt")
-    save_encoder("bert", folder / "hf")
+    save_toy_encoder("bert", folder / "hf")
     return folder
 
 

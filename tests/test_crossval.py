@@ -10,18 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from sklearn.metrics import f1_score, roc_auc_score
+from sklearn.metrics import f1_score
 from toy_tweets import toy_settings, toy_tweets, write_vectors
 
 from device.schema import SlimpiError
 from pipeline.progress import quiet
 from pipeline.tweets import crossval
 from pipeline.tweets.calibration import (
-    Mahalanobis,
     best_threshold,
     calibrate,
     ece,
-    energy,
     fit_temperature,
     logit,
     sigmoid,
@@ -151,21 +149,18 @@ def test_calibration_is_folded_into_the_logits(setup: Setup) -> None:
             calibrate(found.validation_log_odds[: len(rows)], rows, threshold)
 
 
-def test_scores_tell_texts_from_elsewhere() -> None:
-    rng = np.random.default_rng(0)
-    means = np.array([[4.0, 0, 0], [0, 4.0, 0]])
-    targets = rng.integers(0, 2, 400)
-    inside = means[targets] + rng.normal(0, 0.5, (400, 3)) * [1, 1, 0.2]
-    elsewhere = rng.normal(0, 1, (200, 3)) * [1, 1, 2]
-    fitted = Mahalanobis.fit(inside, targets)
-    centred = inside - np.stack([inside[targets == label].mean(0) for label in (0, 1)])[targets]
-    expected = np.linalg.inv(centred.T @ centred / 400)
-    assert np.abs(Mahalanobis.fit(inside, targets, shrinkage=0.0).precision - expected).max() < 1e-6
-    truth = np.repeat([0, 1], [400, 200])
-    assert roc_auc_score(truth, np.concatenate([fitted.score(inside), fitted.score(elsewhere)])) > 0.95
-    logits = np.concatenate([inside @ means.T, elsewhere @ means.T])
-    assert roc_auc_score(truth, energy(logits)) > 0.9
-    assert energy(np.array([[1.0, 2.0]]), 2.0)[0] == pytest.approx(-2 * np.log(np.exp(0.5) + np.exp(1.0)))
+def test_ungrouped_folds_let_near_duplicates_straddle(setup: Setup) -> None:
+    """Every text twice, with a link that differs: grouped folds keep the two on one side, the others do not."""
+    twice = [replace(t, id=f"{t.id}-{i}", text=f"{t.text} https://t.co/{i}") for t in setup.tweets for i in (0, 1)]
+    straddling = []
+    for grouped in (True, False):
+        both = replace(setup, tweets=tuple(twice), grouped=grouped)
+        found = [predict_fold(both, "tfidf", {}, 0, fold) for fold in range(3)]
+        assert np.array_equal(np.sort(np.concatenate([f.test for f in found])), np.arange(len(twice)))
+        assert all(not set(f.test) & set(f.validation) for f in found)
+        straddling.append(sum(i ^ 1 not in set(f.test) for f in found for i in f.test.tolist()))
+    assert straddling[0] == 0
+    assert straddling[1] > 100
 
 
 def test_decide_uses_validation_only(setup: Setup) -> None:

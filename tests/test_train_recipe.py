@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
+import onnx
 import pytest
-from tiny_encoders import MAX_TOKENS, save_encoder
-from toy_tweets import toy_settings, toy_tweets, write_vectors
+from onnx import numpy_helper
+from tiny_encoders import MAX_TOKENS
+from toy_tweets import save_toy_encoder, toy_settings, toy_tweets, write_vectors
 
 from device.schema import SlimpiError
 from device.words import Text
@@ -28,7 +31,7 @@ def recipe(tmp_path: Path, name: str, variants: list[str], **train: Any) -> Reci
     rows = [f'{t.id},{t.keyword},,"{t.text}",{t.target}\n' for t in toy_tweets(160)]
     (tmp_path / "rows.csv").write_text(HEADER + "".join(rows), encoding="utf-8")
     if not (tmp_path / "hf").exists():
-        save_encoder("bert", tmp_path / "hf")
+        save_toy_encoder("bert", tmp_path / "hf")
         write_vectors(tmp_path / "vectors.txt")
     reads_tokens = name in ("transformer", "embeddings", "ensemble")
     settings = toy_settings(name, tmp_path / "vectors.txt")
@@ -84,6 +87,9 @@ def test_other_vectors_are_another_artifact(tmp_path: Path) -> None:
     write_vectors(tmp_path / "vectors.txt", seed=1)
     (second,) = build(made, places, Progressor(plain=True))
     assert first != second
+    before, after = (onnx.load(folder / "model.onnx").graph.initializer for folder in (first, second))
+    tables = [next(t for t in part if t.name == "embedding.weight") for part in (before, after)]
+    assert not np.array_equal(*(numpy_helper.to_array(table) for table in tables))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tiny_encoders import MAX_TOKENS
+from tiny_encoders import MAX_TOKENS, save_encoder
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from pipeline.tweets.data import Tweet
 
@@ -46,6 +48,22 @@ def write_vectors(path: Path, width: int = 12, seed: int = 0) -> Path:
     lines = [f"{word} " + " ".join(f"{x:.4f}" for x in rng.standard_normal(width)) for word in words]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
+
+
+def save_toy_encoder(family: str, folder: Path) -> None:
+    """A tiny encoder that knows the toy words: a trained vocabulary is another on every run and learns differently."""
+    save_encoder(family, folder)
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    known = [*special, *OTHERS, *WORDS[0], *WORDS[1], "!"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(known)}, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
 
 
 def toy_settings(name: str, vectors: Path) -> dict[str, Any]:

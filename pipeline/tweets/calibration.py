@@ -1,11 +1,9 @@
-"""Probabilities that mean what they say, the threshold that decides, and scores of texts from elsewhere.
+"""Probabilities that mean what they say, and the threshold that decides.
 
 All of it is chosen on validation rows. Log-odds z are log p(1) / p(0); a calibrated probability is sigmoid(z / T).
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -92,36 +90,6 @@ def ece(p: FloatArray, targets: IntArray, n_bins: int = N_BINS) -> float:
         abs(right[bins == b].mean() - confidence[bins == b].mean()) * (bins == b).mean() for b in set(bins.tolist())
     ]
     return float(sum(gaps))
-
-
-def energy(logits: FloatArray, temperature: float = 1.0) -> FloatArray:
-    """(n,) -T log sum exp(logits / T): higher for texts unlike the trained ones (Liu et al. 2020, eq. 4)."""
-    scaled = logits / temperature
-    top = scaled.max(axis=1)
-    return -temperature * (top + np.log(np.exp(scaled - top[:, None]).sum(axis=1)))
-
-
-@dataclass(frozen=True)
-class Mahalanobis:
-    """Means (labels, d) and the inverse of the shared covariance (d, d) of a classifier's features."""
-
-    means: FloatArray
-    precision: FloatArray
-
-    @classmethod
-    def fit(cls, features: FloatArray, targets: IntArray, shrinkage: float = 1e-3) -> Mahalanobis:
-        """From training rows (n, d); shrinkage: of the covariance towards its mean variance, so that it inverts."""
-        means = np.stack([features[targets == label].mean(axis=0) for label in sorted(set(targets.tolist()))])
-        centred = features - means[np.searchsorted(sorted(set(targets.tolist())), targets)]
-        covariance = centred.T @ centred / len(features)
-        width = len(covariance)
-        covariance += shrinkage * (np.trace(covariance) / width + 1e-12) * np.eye(width)
-        return cls(means, np.linalg.inv(covariance))
-
-    def score(self, features: FloatArray) -> FloatArray:
-        """(n,) squared distance to the nearest label's mean (Lee et al. 2018, eq. 2, without the sign)."""
-        away = features[:, None, :] - self.means
-        return np.einsum("nld,de,nle->nl", away, self.precision, away).min(axis=1)
 
 
 def sigmoid(z: FloatArray) -> FloatArray:

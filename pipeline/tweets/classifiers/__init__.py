@@ -36,7 +36,7 @@ def settings_of(name: str, table: dict[str, Any]) -> Settings:
     try:
         return msgspec.convert(table, CLASSIFIERS[name].settings)
     except msgspec.ValidationError as error:
-        raise SlimpiError(f"settings of classifier {name}: {error}. See docs/tweets.md.") from error
+        raise SlimpiError(f"settings of classifier {name}: {error}. See docs/classifiers.md.") from error
 
 
 def with_max_tokens(name: str, table: dict[str, Any], max_tokens: int) -> dict[str, Any]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 import torch
 
@@ -24,12 +22,10 @@ from pipeline.tweets.classifiers.word_nets import (
 
 
 class MlpSettings(NetSettings, frozen=True, kw_only=True):
-    """hidden: units of the two dense layers; l2: of both layers' weights. A random vector would only blur a mean."""
+    """hidden: units of the two dense layers; l2: of both layers' weights."""
 
     hidden: tuple[int, int] = (64, 32)
-    unknown: Literal["random", "zero"] = "zero"
     dropout: float = 0.5
-    l2: float = 3e-4
     epochs: int = 40
     patience: int = 5
 

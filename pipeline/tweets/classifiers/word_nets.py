@@ -36,11 +36,11 @@ class NetSettings(WordSettings, frozen=True, kw_only=True):
 
     vectors: tuple[str, ...] = ("glove-6b-50d",)
     extra_words: int = 20_000
-    unknown: Literal["random", "zero"] = "random"
+    unknown: Literal["random", "zero"] = "zero"
     train_vectors: bool = False
     dropout: float = 0.1
     l2: float = 1e-3
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     batch_size: int = 64
     epochs: int = 12
     patience: int = 3
@@ -107,12 +107,13 @@ def _source(name: str, job: Job, settings: NetSettings) -> Vectors:
     if name == OF_TWEETS:
         reader = WordReader(WordSpec(steps=settings.steps, vocabulary=["", ""], max_words=settings.max_words))
         return train_vectors([reader.words(tweet.text) for tweet in job.tweets], seed=job.seed)
-    return _read(name, job.cache)
+    path = Path(name.removeprefix("path:")).expanduser()
+    return _read(name, job.cache, path.stat().st_mtime_ns if path.exists() else 0)
 
 
 @lru_cache(maxsize=2)
-def _read(name: str, cache: Path) -> Vectors:
-    """Read once for all folds."""
+def _read(name: str, cache: Path, changed_ns: int) -> Vectors:
+    """Read once for all folds, and again when the file changes."""
     return read_vectors(name, cache)
 
 
