@@ -17,7 +17,7 @@ PI_VARIANTS ?= Q8_0 Q4_K_M Q4_0 INT8-dynamic
 EMULATED_SIZES := --n-ctx 64 --n-chunks 2 --n-prompt 16 --n-gen 4 --repetitions 3 --limit 16
 DEPLOY_SIZES ?= $(if $(filter emulated,$(PI)),$(EMULATED_SIZES))
 
-.PHONY: demo install test test-slow lint bench-peers bench-quality bench-mxq peers tweets tweets-ablation fault-drill deploy-pi pi-emulator clean help
+.PHONY: demo install test test-slow lint bench-peers bench-quality bench-mxq bench-classify bench-int8 peers tweets tweets-ablation fault-drill deploy-pi pi-emulator clean help
 
 help:           ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/ /'
@@ -57,8 +57,15 @@ bench-peers: install  ## perplexity and speed against llama.cpp's own tools, sam
 	$(SLIMPI) build models/smollm2-135m.toml
 	$(BIN)/python benchmarks/peers.py
 
+bench-int8: install  ## INT8 classifiers against fp32: flips, accuracy, size; five seeds a task (an hour; goes on where it was stopped)
+	$(BIN)/python benchmarks/int8_table.py
+
 bench-quality: install  ## KL divergence and perplexity at equal bytes against llama-quantize (hours; goes on where it was stopped)
 	$(BIN)/python benchmarks/bench_quality.py
+
+bench-classify: install  ## a tweet's latency against optimum's dynamic INT8 padded to 128, and raw ONNX Runtime (needs SLIMPI_DATA)
+	$(SLIMPI) build models/minilm-l6-tweets.toml --only INT8-dynamic
+	$(BIN)/python benchmarks/classify_speed.py
 
 bench-mxq: install  ## MXQ's table: perplexity and KL divergence at 4.75 to 2.75 bits, against HQQ, GPTQ and AWQ (hours; resumable)
 	$(BIN)/python benchmarks/mxq_table.py models/gemma-3-270m.toml

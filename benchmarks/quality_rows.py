@@ -21,7 +21,7 @@ CONFIDENCE = 0.95
 BITS_WINDOW = 0.2
 SIZE_WINDOW = 0.01
 """A file stands for a target of so many bits per linear weight if it is at most this far from it, in bits; one of ours
-if its size is at most this share beyond those of llama-quantize's files that do."""
+if its size is at most this share above those of llama-quantize's files that do."""
 
 MAX_SOURCE_SHARE = 0.5
 """More of the linear weights than this in the very type they were dequantized from: nearly free, so not compared."""
@@ -264,19 +264,20 @@ def verdicts_of(rows: Sequence[QualityRow], targets: Mapping[str, Sequence[float
 def _verdict(rows: Sequence[QualityRow], corpus: str, target: float) -> Verdict:
     scored = [(r, s) for r in rows if not r.free and (s := r.score(corpus))]
     peers = [(r, s) for r, s in scored if r.maker == "llama-quantize"]
-    ours = [(r, s) for r, s in scored if r.maker == "slimpi" and _is_near(r, target, [r for r, _ in peers])]
-    check_alike([s for _, s in [*peers, *ours]])
+    mine = [(r, s, _compared_at(r, target, [r for r, _ in peers])) for r, s in scored if r.maker == "slimpi"]
+    ours = [(r, s, at) for r, s, at in mine if at is not None]
+    check_alike([s for _, s in peers] + [s for _, s, _ in ours])
     best = {r.size_bytes: s.kld_chunks for r, s in sorted(peers, key=lambda pair: -pair[1].kld)}
     names = {r.size_bytes: r.variant for r, _ in sorted(peers, key=lambda pair: -pair[1].kld)}
     hull = lower_hull([(size, log_kld(fmean(chunks))) for size, chunks in best.items()])
     judged = []
-    for row, score in ours:
-        there = interpolate(hull, row.size_bytes)
+    for row, score, at in ours:
+        there = interpolate(hull, at)
         if there is not None:
-            judged.append((row, score, there, ratio_at_equal_bytes(row.size_bytes, score.kld_chunks, best)))
+            judged.append((row, score, there, at, ratio_at_equal_bytes(at, score.kld_chunks, best)))
     if not judged:
-        return _unjudged(rows[0].model, corpus, target, [r for r, _ in ours], hull)
-    row, score, there, ratio = min(judged, key=lambda j: j[3].value)
+        return _unjudged(rows[0].model, corpus, target, [r for r, _, _ in ours], hull)
+    row, score, there, at, ratio = min(judged, key=lambda j: j[4].value)
     return Verdict(
         model=row.model,
         corpus=corpus,
@@ -285,7 +286,7 @@ def _verdict(rows: Sequence[QualityRow], corpus: str, target: float) -> Verdict:
         size_bytes=row.size_bytes,
         bits_per_linear_weight=row.bits_per_linear_weight,
         kld=score.kld,
-        peers=[names[int(size)] for size in _around([x for x, _ in hull], row.size_bytes)],
+        peers=[names[int(size)] for size in _around([x for x, _ in hull], at)],
         peer_kld=math.exp(there),
         ratio=ratio.value,
         ratio_low=ratio.low,
@@ -296,13 +297,16 @@ def _verdict(rows: Sequence[QualityRow], corpus: str, target: float) -> Verdict:
     )
 
 
-def _is_near(row: QualityRow, target: float, peers: Sequence[QualityRow]) -> bool:
-    """Whether the file has the size of llama-quantize's files of about `target` bits: files of ours may spend fewer
-    bytes on the embeddings and so more bits on linear weights. Without such peers, whether it has the target's bits."""
+def _compared_at(row: QualityRow, target: float, peers: Sequence[QualityRow]) -> int | None:
+    """The bytes at which a file of ours is compared with llama-quantize's files of about `target` bits: its own if they
+    have that size (ours may spend fewer bytes on the embeddings and so more bits on linear weights), those of the
+    largest of them if it is smaller than all. None if it is larger, or without such peers not of the target's bits."""
     sizes = [r.size_bytes for r in peers if abs(r.bits_per_linear_weight - target) <= BITS_WINDOW]
     if not sizes:
-        return abs(row.bits_per_linear_weight - target) <= BITS_WINDOW
-    return (1 - SIZE_WINDOW) * min(sizes) <= row.size_bytes <= (1 + SIZE_WINDOW) * max(sizes)
+        return row.size_bytes if abs(row.bits_per_linear_weight - target) <= BITS_WINDOW else None
+    if row.size_bytes > (1 + SIZE_WINDOW) * max(sizes):
+        return None
+    return row.size_bytes if row.size_bytes >= (1 - SIZE_WINDOW) * min(sizes) else max(sizes)
 
 
 def _around(sizes: Sequence[float], x: float) -> list[float]:

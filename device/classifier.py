@@ -91,13 +91,16 @@ class OnnxClassifier:
         return [Encoded(*pair) for pair in zip(tokens, words, strict=True)]
 
     def run(self, batch: Sequence[Encoded]) -> Logits:
-        """Classify one batch of encoded texts, padded to its longest: (len(batch), n_labels) float32."""
+        """Classify one batch of encoded texts, padded to its longest: (len(batch), n_labels) float32, all finite."""
         feeds: dict[str, NDArray[Any]] = {}
         if self._tokenizer:
             feeds |= self._tokenizer.feeds([text.tokens for text in batch if text.tokens], self._token_inputs)
         if self._reader:
             feeds |= self._reader.feeds_of([text.words for text in batch if text.words], self._word_inputs)
-        return self._session.run(feeds, len(batch))
+        logits = self._session.run(feeds, len(batch))
+        if not np.isfinite(logits).all():
+            raise SlimpiError("the model gives logits that are not finite: it is broken. Build the artifact again.")
+        return logits
 
     def logits_in_batches(self, texts: Sequence[Text], batch_size: int) -> tuple[Logits, float]:
         """Classify many texts in batches of like length: logits in the order of the texts, and the share of all

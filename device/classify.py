@@ -44,9 +44,7 @@ def run(lines: BinaryIO) -> Iterator[Record]:
 
 
 def predict(index: int, logits: Logits, labels: list[str]) -> Prediction:
-    """logits (n_labels,). SlimpiError if they are not finite."""
-    if not np.isfinite(logits).all():
-        raise SlimpiError(f"text {index} has logits {logits.tolist()}: the model is broken. Build the artifact again.")
+    """logits (n_labels,)."""
     weights = np.exp(logits.astype(np.float64) - logits.max())
     shares = (weights / weights.sum()).tolist()
     return Prediction(

@@ -19,13 +19,14 @@ N_PASS_BATCHES, N_PASSES, N_WARMUP_PASSES = 8, 5, 1
 
 
 def run_tweets(request: Request, task: Tweets) -> Iterator[Started | Sample]:
-    """Per row: latency_ms (tokenization and inference of this text alone), predicted and true label. Then pass_ms:
-    tokenization and inference of a fixed part of the rows in batches of like length, and what share is padding."""
+    """Per row: latency_ms (tokenization and inference of this text alone), cpu_ms (the same in CPU time of all threads,
+    which other work on the machine stretches little), predicted and true label. Then pass_ms: tokenization and
+    inference of a fixed part of the rows in batches of like length, and what share is padding."""
     job = request.job
     with OnnxClassifier(Path(job.artifact_dir), job.artifact, job.threads) as model:
         texts, cells = read_labelled(job, task, model.reads_keywords)
         labels = parse_labels(cells, job.artifact, model.n_labels)
-        yield Started(total=task.warmup + 3 * len(texts) + 2 * (N_WARMUP_PASSES + N_PASSES))
+        yield Started(total=2 * task.warmup + 4 * len(texts) + 2 * (N_WARMUP_PASSES + N_PASSES))
         yield from _classify_each(request, task, model, texts, labels)
         yield from _time_passes(request, task, model, texts)
 
@@ -42,20 +43,21 @@ def read_labelled(job: Job, task: Tweets, reads_keywords: bool) -> tuple[list[Te
 def _classify_each(
     request: Request, task: Tweets, model: OnnxClassifier, texts: list[Text], labels: list[int]
 ) -> Iterator[Sample]:
-    done = min(request.first_missing("latency_ms", warmup=task.warmup), request.first_missing("predicted", "label"))
+    timed = request.first_missing("latency_ms", "cpu_ms", warmup=task.warmup)
+    done = min(timed, request.first_missing("predicted", "label"))
     if done == len(texts):
         return
-    for i in range(task.warmup):
-        begin_ns = time.perf_counter_ns()
-        model.logits([texts[i % len(texts)]])
-        yield request.sample("latency_ms", i, _ms_since(begin_ns), warmup=True)
-    for i in range(done, len(texts)):
-        begin_ns = time.perf_counter_ns()
-        logits = model.logits([texts[i]])
-        latency_ms = _ms_since(begin_ns)
-        yield request.sample("latency_ms", task.warmup + i, latency_ms)
-        yield request.sample("predicted", i, int(logits[0].argmax()))
-        yield request.sample("label", i, labels[i])
+    for i in (*range(task.warmup), *range(task.warmup + done, task.warmup + len(texts))):
+        warmup, row = i < task.warmup, i - task.warmup
+        text = texts[i % len(texts) if warmup else row]
+        begin_ns, begin_cpu_ns = time.perf_counter_ns(), time.process_time_ns()
+        logits = model.logits([text])
+        cpu_ms, latency_ms = (time.process_time_ns() - begin_cpu_ns) / 1e6, _ms_since(begin_ns)
+        yield request.sample("latency_ms", i, latency_ms, warmup)
+        yield request.sample("cpu_ms", i, cpu_ms, warmup)
+        if not warmup:
+            yield request.sample("predicted", row, int(logits[0].argmax()))
+            yield request.sample("label", row, labels[row])
 
 
 def _time_passes(request: Request, task: Tweets, model: OnnxClassifier, texts: list[Text]) -> Iterator[Sample]:
@@ -101,6 +103,7 @@ def summarize_tweets(task: Tweets, taken: Taken, job: Job) -> list[Measurement]:
             for name, value in zip(("precision", "recall", "f1"), scores, strict=True)
         ),
         measurement(job, "latency_ms", "ms", taken["latency_ms"], False, {**timed, "batch_size": 1}),
+        measurement(job, "cpu_ms", "ms", taken["cpu_ms"], False, {**timed, "batch_size": 1}),
         measurement(job, "tweets_per_s", "text/s", taken["pass_ms"], True, batched, lambda ms: size * 1000.0 / ms),
         measurement(job, "padding", "fraction", taken["padding"], False, batched),
     ]

@@ -16,6 +16,7 @@ Series = Literal[
     "ttft_ms",
     "decode_ms",
     "latency_ms",
+    "cpu_ms",
     "predicted",
     "label",
     "pass_ms",

@@ -45,14 +45,16 @@ def classify(
     places: Places,
     *,
     threads: int = 0,
+    force: bool = False,
     progress: Progressor | None = None,
     cancel: threading.Event | None = None,
 ) -> Iterator[Prediction]:
     """Classify texts with the artifact in `folder` on `host`: one Prediction a text, in their order, as they come.
 
     `texts` is read in a thread, once the model is loaded there, and no further ahead than a pipe holds. threads 0 =
-    half of this machine's cores, all of a board's. Closing the iterator ends the program on the device. SlimpiError if
-    the artifact is no classifier, the device cannot be reached or is measuring, or a link breaks; errors of `texts`
+    half of this machine's cores, all of a board's. force: do not ask whether it fits the device's memory. Closing the
+    iterator ends the program on the device. SlimpiError if the artifact is no classifier, the device cannot be reached,
+    lacks the memory or is measuring, or a link breaks; errors of `texts`
     come after the predictions of what was read before.
     """
     artifact = load_artifact(folder)
@@ -63,7 +65,7 @@ def classify(
         stream = Stream(artifact=artifact, artifact_dir=str(folder.resolve()), threads=asked)
         return _answers(LOCAL, [sys.executable, "-m", PROGRAM], stream, texts, cancel)
     return _classify_there(
-        host, folder, artifact, texts, places, threads, progress or Progressor(), cancel or threading.Event()
+        host, folder, artifact, texts, places, threads, force, progress or Progressor(), cancel or threading.Event()
     )
 
 
@@ -74,6 +76,7 @@ def _classify_there(
     texts: Iterable[Text],
     places: Places,
     threads: int,
+    force: bool,
     progress: Progressor,
     cancel: threading.Event,
 ) -> Iterator[Prediction]:
@@ -84,7 +87,8 @@ def _classify_there(
         seen = remote.status(device, goods)
         deploy.refuse_if_busy(device, seen, set())
         needed = fit.classifier_footprint(artifact, "classify", n_texts=1)
-        fit.check(host.name, artifact, [needed], seen.mem_available_bytes)
+        if not force:
+            fit.check(host.name, artifact, [needed], seen.mem_available_bytes)
         remote.supply(device, goods, seen, unpacked_bytes)
         site = board.site(device, wheels, unpacked_bytes)
         asked = threads or (1 if host.emulated else device.contact.cores)
@@ -193,7 +197,7 @@ class _Feed(threading.Thread):
             raise RuntimeError("the texts ended early, see the traceback above")
 
 
-def classify_stdin(host: Host, folder: Path, places: Places, threads: int, progress: Progressor) -> None:
+def classify_stdin(host: Host, folder: Path, places: Places, threads: int, force: bool, progress: Progressor) -> None:
     """From standard input to standard output, line by line, until it ends. SlimpiError after Ctrl-C, too.
 
     BrokenPipeError if nobody reads the output any more.
@@ -201,7 +205,8 @@ def classify_stdin(host: Host, folder: Path, places: Places, threads: int, progr
     n_said = 0
     try:
         texts = read_texts(0)
-        with closing(classify(host, folder, texts, places, threads=threads, progress=progress)) as said:  # type: ignore[type-var]
+        answers = classify(host, folder, texts, places, threads=threads, force=force, progress=progress)
+        with closing(answers) as said:  # type: ignore[type-var]
             for prediction in said:
                 n_said += 1  # before it is written: who has read the line may interrupt at once
                 _write_all(1, encode_line(prediction))

@@ -276,7 +276,12 @@ def deploy(
 
 @app.command()
 def classify(
-    artifact: OneArtifact, on: OneOn = "local", threads: Threads = 0, ssh_config: SshConfig = None, plain: Plain = False
+    artifact: OneArtifact,
+    on: OneOn = "local",
+    threads: Threads = 0,
+    force: Force = False,
+    ssh_config: SshConfig = None,
+    plain: Plain = False,
 ) -> None:
     """Label texts from stdin, one a line, on a device: one JSON line each on stdout, as they come.
 
@@ -286,7 +291,7 @@ def classify(
 
     where, progress = places(), Progressor(plain)
     (host,) = _hosts([on], ssh_config, where, progress)
-    classify_stdin(host, find_artifact(where.artifacts, artifact), where, threads, progress)
+    classify_stdin(host, find_artifact(where.artifacts, artifact), where, threads, force, progress)
 
 
 @app.command()

@@ -77,9 +77,10 @@ _HELD_BY = {
     "Q4_0": ("Q4_0", "Q4_1", "Q5_0", "Q5_1"),
     "Q4_1": ("Q4_1", "Q5_1"),
     "Q5_0": ("Q5_0", "Q5_1"),
-    "Q4_K": ("Q4_K", "Q5_K"),
+    "Q4_K": ("Q4_K", "Q5_K", "Q4_1", "Q5_1"),
+    "Q5_K": ("Q5_K", "Q5_1"),
 }
-"""Types other than itself whose codes hold a type's values exactly."""
+"""Types whose codes hold a type's values exactly, or but for a rounding of the scales to 16 bits."""
 
 
 def source_types(path: Path) -> dict[str, tuple[str, ...]]:

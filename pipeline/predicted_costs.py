@@ -46,6 +46,8 @@ CANDIDATES = (
 )
 SAMPLED_ROWS = 48
 DRAWN_ROWS = 2048
+GAIN_NOISE = 0.1
+"""Standard deviations of the weights: more than a step of 8 bits, far less than what would hide their shape."""
 GAIN_ROWS = 128
 _METHOD = "search"
 _COSTS = "costs.json"
@@ -124,14 +126,18 @@ def gains(
     candidates: Sequence[str],
     shop: Workshop,
 ) -> dict[str, float]:
-    """{format: the method's output error over the search's}, on some rows of a matrix halfway through the model."""
+    """{format: the method's output error over the search's}, on some rows of a matrix halfway through the model.
+
+    With noise added: weights of a quantized source lie on a grid, which one of the two may find and the other not.
+    """
     if METHODS[method].run is METHODS[_METHOD].run:
         return dict.fromkeys(candidates, 1.0)
     index = checkpoint.config["num_hidden_layers"] // 2
     layer = read_layer(gguf_tensors(checkpoint), index, (), shop.device)
     name = min(layer.matrices, key=lambda n: (layer.matrices[n].shape[1], n))
-    w = layer.matrices[name]
-    part = replace(layer, matrices={name: w[:: max(1, len(w) // GAIN_ROWS)]}, vectors={})
+    w = layer.matrices[name][:: max(1, len(layer.matrices[name]) // GAIN_ROWS)]
+    noise = torch.randn(w.shape, generator=torch.Generator().manual_seed(0)).to(w.device)
+    part = replace(layer, matrices={name: w + GAIN_NOISE * w.std() * noise}, vectors={})
     full = f"blk.{index}.{name}"
     known = _read_once({name: stats[full]}) if full in stats else {}
     choices = plans.choices(base, [full], candidates)

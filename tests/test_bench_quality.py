@@ -185,12 +185,13 @@ def test_the_bar_is_80_percent_at_equal_bytes(kld: float, ok: bool) -> None:
 
 
 def test_the_best_of_ours_near_the_target_counts() -> None:
-    """Near is what has the bytes of a peer with the target's bits, whatever its own bits; without such a peer, bits."""
+    """What counts has at most the bytes of a peer with the target's bits, whatever its own bits; without such a peer,
+    the target's bits."""
     ours = [
         row("worse", 298, [0.09] * 3, "slimpi", bits=4.5),
         row("best", 300, [0.04] * 3, "slimpi", bits=5.2),
         row("too large", 305, [0.001] * 3, "slimpi", bits=4.5),
-        row("too small", 295, [0.001] * 3, "slimpi", bits=4.5),
+        row("small and worse", 200, [0.045] * 3, "slimpi", bits=4.5),
         row("free", 300, [0.0001] * 3, "slimpi", bits=4.5, share=0.51),
     ]
     bits = {"Q2": 2.6, "Q3": 3.4, "Q4": 4.5, "Q8": 8.5}
@@ -199,6 +200,16 @@ def test_the_best_of_ours_near_the_target_counts() -> None:
     assert verdict.variant == "best"
     (verdict,) = verdicts_of([*peers, *ours], {"m": (5.2,)})
     assert verdict.variant == "best"
+
+
+@pytest.mark.parametrize("size", [296, 200, 20])
+def test_a_smaller_file_of_ours_is_held_against_the_largest_there(size: int) -> None:
+    """Against 0.05 at 300 bytes, and not against what the hull has at its own."""
+    bits = {"Q2": 2.6, "Q3": 3.4, "Q4": 4.5, "Q8": 8.5}
+    peers = [msgspec.structs.replace(peer, bits_per_linear_weight=bits[peer.variant]) for peer in PEERS]
+    (verdict,) = verdicts_of([*peers, row("small", size, [0.03] * 3, "slimpi", bits=2.0)], {"m": (4.5,)})
+    assert (verdict.variant, verdict.size_bytes) == ("small", size)
+    assert (verdict.peers, verdict.ratio) == (["Q4"], pytest.approx(0.6))
 
 
 def test_a_peer_that_got_its_type_for_free_is_not_on_the_hull() -> None:

@@ -103,6 +103,19 @@ def test_real_tweets_in_batches_are_hardly_padded(opened: OnnxClassifier, data_d
     np.testing.assert_allclose(batched, np.concatenate([opened.logits([t]) for t in texts]), atol=1e-4)
 
 
+def test_a_model_that_gives_no_numbers_is_an_error_not_a_label(tmp_path: Path) -> None:
+    import onnx
+    from onnx import numpy_helper
+
+    folder = folder_of(tmp_path / "x", "words")
+    model = onnx.load(folder / "model.onnx")
+    (weight,) = (tensor for tensor in model.graph.initializer if tensor.name == "weight")
+    weight.CopyFrom(numpy_helper.from_array(np.array([[np.nan, 1.0]], np.float32), "weight"))
+    onnx.save(model, folder / "model.onnx")
+    with pytest.raises(SlimpiError, match="logits that are not finite"):
+        OnnxClassifier(folder, artifact(folder, "onnx"), 1)
+
+
 def without(made: Artifact, name: str) -> Artifact:
     return msgspec.structs.replace(made, files=[file for file in made.files if file.path != name])
 

@@ -29,7 +29,7 @@ from device import classify as device_classify
 from device.classifier import OnnxClassifier
 from device.schema import Prediction, Ready, SlimpiError, Stream, encode_line
 from device.words import Text
-from pipeline import classify
+from pipeline import classify, transport
 from pipeline.classify import parse_line, read_texts
 from pipeline.hosts import LOCAL
 from pipeline.progress import Progressor
@@ -199,8 +199,6 @@ def test_probabilities_are_a_softmax_of_large_logits_too() -> None:
     said = device_classify.predict(0, np.array([1000.0, 1001.0], np.float32), ["a", "b"])
     assert said.label == "b"
     assert said.probabilities == pytest.approx({"a": 1 / (1 + np.e), "b": np.e / (1 + np.e)})
-    with pytest.raises(SlimpiError, match="text 4 has logits"):
-        device_classify.predict(4, np.array([np.nan, 1.0], np.float32), ["a", "b"])
 
 
 # Here
@@ -259,6 +257,38 @@ def test_a_damaged_or_unfit_artifact_is_refused_before_a_text_is_read(tmp_path: 
     with pytest.raises(SlimpiError, match="is a gguf lm, not a classifier"):
         list(classify.classify(LOCAL, language, texts(), there))
     assert not taken
+
+
+READY = encode_line(Ready(labels=["no", "yes"]))
+STRANGE: dict[str, tuple[list[bytes], int, str, str]] = {
+    # what a device says, its exit code, its stderr: what the user is told
+    "garbage": ([b"hello\n"], 0, "", "what local says is not a valid Ready"),
+    "garbage later": ([READY, b"hello\n"], 0, "", "what local says of text 0 is not a valid Prediction"),
+    "another text": (
+        [READY, encode_line(Prediction(index=5, label="no", probabilities={}))],
+        0,
+        "",
+        "local answers text 5, expected 0",
+    ),
+    "not ready": ([], 1, "a line\nslimpi classify: no \x1b[2Jmodel", "local: no  [2Jmodel"),
+    "stopped": ([READY, b'{"index":0'], -9, "", "local stopped after 0 texts: exit code -9"),
+}
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_strange_answers_are_one_error(
+    name: str, folder: Path, places: Places, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines, code, errors, told = STRANGE[name]
+
+    def stream(*arguments: Any) -> Any:
+        yield from lines
+        return code, errors
+
+    monkeypatch.setattr(transport, "stream", stream)
+    with pytest.raises(SlimpiError) as caught:
+        list(classify.classify(LOCAL, folder, TEXTS, places))
+    assert told in str(caught.value)
 
 
 # Over ssh

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import ggml_side
@@ -18,7 +19,7 @@ from toy_layers import samples, stats_of, toy_layer
 from device.schema import Artifact, SlimpiError, encode
 from pipeline import fit, hessians, plan, plan_costs, predicted_costs, sensitivity
 from pipeline.build import build
-from pipeline.checkpoint import load
+from pipeline.checkpoint import Tensor, held, load
 from pipeline.export.gguf import gguf_tensors
 from pipeline.formats import FORMATS, Packed
 from pipeline.gguf_file import read_gguf
@@ -126,6 +127,27 @@ def test_what_a_method_gains_is_measured_a_type(models: Callable[[str], Path], t
     assert predicted_costs.scaled(costs, {"Q2_K": 0.5, "Q3_K": 1.0}) == {"a": {"Q2_K": 1.0, "Q3_K": 3.0}}
     felt = sensitivity.Sensitivity({}, {})
     assert predicted_costs.outer_costs(checkpoint, base, felt, types, shop) == {}
+
+
+def test_a_gain_is_not_that_of_finding_the_sources_own_grid(models: Callable[[str], Path], tmp_path: Path) -> None:
+    """On a grid of Q4_1 one method finds it to the last bit and another not; elsewhere there is nothing of the kind."""
+    folder = models("llama-wide")
+    base = plan.read_base(folder / "base.gguf")
+    shop = Workshop(tmp_path, "tiny", "weights", "stats", torch.device("cpu"), say=lambda message: None)
+    plain = load(folder / "base.gguf")
+    stats = hessians.load_stats(folder / "stats")
+    on_grid = replace(plain, tensors={name: _on_grid(tensor) for name, tensor in plain.tensors.items()})
+    for method in ("gptq", "rtn"):
+        free, usual = (
+            predicted_costs.gains(model, base, stats, method, ["Q4_1", "Q8_0"], shop) for model in (on_grid, plain)
+        )
+        assert free["Q4_1"] == pytest.approx(usual["Q4_1"], rel=0.3)
+
+
+def _on_grid(tensor: Tensor) -> Tensor:
+    if len(tensor.shape) != 2:
+        return tensor
+    return held(tensor.name, search.quantize(tensor.read().float(), None, FORMATS["Q4_1"])[0].dequantize())
 
 
 def recipe(folder: Path, variant: str, types: list[str]) -> Recipe:

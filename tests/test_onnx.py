@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +52,13 @@ def session(model: Path | onnx.ModelProto) -> onnxruntime.InferenceSession:
 
 
 def feed(tokenizer: Tokenizer, texts: list[str], names: list[str], pad_id: int = 1) -> dict[str, np.ndarray]:
-    """A batch padded on the right to its longest, as the device does it."""
+    """A batch padded to its longest, as the device does it."""
     tokenizer.enable_truncation(MAX_TOKENS)
     rows = [tokenizer.encode(text).ids for text in texts]
     length = max(map(len, rows))
-    ids = np.array([row + [pad_id] * (length - len(row)) for row in rows])
-    mask = np.array([[1] * len(row) + [0] * (length - len(row)) for row in rows])
+    turn = -1 if (tokenizer.padding or {}).get("direction") == "left" else 1
+    ids = np.array([(row[::turn] + [pad_id] * (length - len(row)))[::turn] for row in rows])
+    mask = np.array([([1] * len(row) + [0] * (length - len(row)))[::turn] for row in rows])
     known = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
     return {name: known[name] for name in names}
 
@@ -88,6 +90,22 @@ def test_fp32_equals_transformers_at_every_batch_and_length(exported: Path) -> N
     for batch_size in (1, 2, 5, len(texts)):
         found = run(exported / "model.onnx", tokenizer, texts, batch_size)
         assert np.abs(found - expected).max() < 1e-4, batch_size
+
+
+def test_xlnet_equals_transformers_at_every_batch_and_length(tmp_path: Path) -> None:
+    """Its Einsums became products with plain matrices; it pads on the left, and the tokenizer says so."""
+    model = save_encoder("xlnet", tmp_path / "hf", len(LABELS))
+    export_encoder(tmp_path / "hf", tmp_path, LABELS, MAX_TOKENS)
+    texts = [*TEXTS, "a", "rain " * 100]
+    expected = hf_logits(tmp_path / "hf", texts)
+    assert expected.std(axis=0).min() > 0.05
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert tokenizer.padding["direction"] == "left"
+    for batch_size in (1, 5, len(texts)):
+        assert np.abs(run(tmp_path / "model.onnx", tokenizer, texts, batch_size) - expected).max() < 1e-4, batch_size
+    attention = sum(p.numel() for name, p in model.named_parameters() if re.search(r"rel_attn\.[qkvor]$", name))
+    linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
+    assert describe_onnx(tmp_path / "model.onnx").n_linear_weights == attention + linear
 
 
 def test_axes_are_dynamic_and_tokenizer_is_bare(exported: Path) -> None:

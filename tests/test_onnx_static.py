@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,6 +20,7 @@ from tokenizers import Tokenizer
 from device.schema import SlimpiError
 from pipeline.export import onnx_int8
 from pipeline.export.onnx import check_variant, describe_onnx, export_encoder, make_variant
+from pipeline.export.onnx_bits import matrices
 from pipeline.export.onnx_lossless import divergence, frontier, stay_fp32
 from pipeline.export.onnx_observe import Calibration, Observed, observe, open_session, read_calibration
 from pipeline.export.onnx_ranges import RANGES
@@ -51,7 +53,7 @@ VARIANTS = [
 WORST = {"INT8-static-tensor": 0.3}  # of the logits' norm; what is quantized more coarsely may be further off
 
 
-@pytest.fixture(scope="module", params=TINY)
+@pytest.fixture(scope="module", params=[*TINY, "xlnet"])
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(request.param)
     save_encoder(request.param, folder / "hf", len(LABELS))
@@ -76,8 +78,7 @@ def test_variants_run_and_stay_close(exported: Path, calibration: Calibration, t
     assert (summary.n_weights, summary.n_linear_weights) == (base.n_weights, base.n_linear_weights)
     small = {name for name, kind in summary.types.items() if kind != "FP32"}
     stayed = set(summary.facts.get("fp32", []))
-    matrices = {t.name for t in onnx.load(exported / "model.onnx").graph.initializer if len(t.dims) == 2}
-    assert small == matrices - stayed
+    assert small == set(matrices(onnx.load(exported / "model.onnx"))) - stayed
     assert summary.facts["int8_weights"] >= 0.95
     assert summary.facts["int8_activations"] >= 0.95
     assert summary.notes[0].startswith("INT8: ")
@@ -88,6 +89,20 @@ def run_exact(model: Path, tokenizer: Tokenizer, texts: list[str]) -> np.ndarray
     running = open_session(model.read_bytes(), 1)
     names = [entry.name for entry in running.get_inputs()]
     return np.concatenate([running.run(["logits"], feed(tokenizer, [text], names))[0] for text in texts])
+
+
+@pytest.mark.parametrize("plan", onnx_int8.PLANS)
+def test_the_runtime_fuses_every_product_to_an_integer_one(
+    exported: Path, calibration: Calibration, tmp_path: Path, plan: str
+) -> None:
+    summary = make_variant(exported / "model.onnx", tmp_path, f"INT8-{plan}", calibration)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 3
+    options.optimized_model_filepath = str(tmp_path / "fused.onnx")
+    onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), options, providers=["CPUExecutionProvider"])
+    fused = onnx.load(tmp_path / "fused.onnx").graph
+    n_products = len(products(onnx.load(exported / "model.onnx").graph)) - len(summary.facts.get("fp32", []))
+    assert sum(node.op_type == "MatMulIntegerToFloat" for node in fused.node) == n_products
 
 
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)
@@ -324,8 +339,10 @@ def test_what_stays_fp32_is_the_most_sensitive_within_the_floor() -> None:
     felt = {p.y: float(i) for i, p in enumerate(found)}
     chosen = stay_fp32(found, treatments, felt, n_table_weights=0)
     assert [p.name for p in chosen] == ["w39", "w38"]  # 95 % of 40 are 38
-    forced = stay_fp32(found, treatments, felt, n_table_weights=0, forced={"y3", "y5", "y7"})
-    assert [p.name for p in forced] == ["w3", "w5", "w7"]  # over the floor already
+    small = [Product("small", "xs", "ys", (10, 10), False), *found]
+    felt["ys"] = 0.5
+    chosen = stay_fp32(small, treatments | {"ys": Treatment((-1.0, 1.0))}, felt, n_table_weights=0)
+    assert [p.name for p in chosen] == ["w39", "small"]  # both on the first frontier; then w38 has no room
 
 
 def test_divergence_is_the_mean_kl_of_the_softmax() -> None:

@@ -206,6 +206,7 @@ def test_tweets_equal_a_computation_by_hand(world: World) -> None:
     assert 0 < sum(hits) < len(hits), "a trivial case would prove nothing"
     assert results["accuracy"].samples == hits
     assert (len(results["latency_ms"].warmup), len(results["latency_ms"].samples)) == (2, len(TWEETS))
+    assert (len(results["cpu_ms"].warmup), len(results["cpu_ms"].samples)) == (2, len(TWEETS))
     assert (len(results["tweets_per_s"].warmup), len(results["tweets_per_s"].samples)) == (1, 5)
     assert results["tweets_per_s"].conditions["n_texts"] == len(TWEETS)
     assert len(set(results["padding"].samples)) == 1

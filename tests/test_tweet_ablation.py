@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 
 import msgspec
@@ -13,6 +14,7 @@ import tweets_ablation
 from device.schema import SlimpiError
 from device.text import STEPS
 from device.text import clean as device_clean
+from device.words import read_spec
 from pipeline.tweets import ablation
 from pipeline.tweets.ablation import (
     REFERENCE,
@@ -26,7 +28,7 @@ from pipeline.tweets.ablation import (
     documents,
     predictions,
 )
-from pipeline.tweets.cleaning import ALL_STEPS, HOST_STEPS, clean, require_device_steps, segment_hashtags
+from pipeline.tweets.cleaning import ALL_STEPS, HOST_STEPS, clean, segment_hashtags
 from pipeline.tweets.data import Split, Tweet
 
 
@@ -54,12 +56,11 @@ def test_host_steps_are_none_of_the_devices() -> None:
         clean("x", ["polish"])
 
 
-def test_a_step_the_device_lacks_is_refused() -> None:
-    require_device_steps(list(STEPS))
-    with pytest.raises(SlimpiError, match=r"'segment' runs on the host only, the device has unescape.* Leave it out"):
-        require_device_steps(["urls", "segment"])
-    with pytest.raises(SlimpiError, match="'polish' is unknown"):
-        require_device_steps(["polish"])
+@pytest.mark.parametrize("step", HOST_STEPS)
+def test_a_step_the_device_lacks_is_refused(step: str, tmp_path: Path) -> None:
+    (tmp_path / "words.json").write_text(json.dumps({"steps": ["urls", step], "vocabulary": ["", "<UNK>"]}))
+    with pytest.raises(SlimpiError, match=rf"unknown step or number '{step}'; known: unescape, urls"):
+        read_spec(tmp_path)
 
 
 def test_every_step_has_its_row() -> None:
@@ -147,6 +148,14 @@ def test_ablation_of_a_small_table_and_going_on(tmp_path: Path, monkeypatch: pyt
         ablate(table, out, [0])
 
 
+def test_tweets_without_words_are_told(tmp_path: Path) -> None:
+    table = tmp_path / "t.csv"
+    table.write_text("text,target\n" + "".join(f"http://t.co/{i},{i % 2}\n" for i in range(20)))
+    with pytest.raises(SlimpiError, match="no tweet has a word left after cleaning"):
+        ablate(table, tmp_path / "out.json", [0], n_folds=2)
+    assert not (tmp_path / "out.json").exists()
+
+
 def test_the_benchmarks_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setenv("SLIMPI_HOME", str(tmp_path))
     monkeypatch.setattr(ablation, "VARIANTS", {REFERENCE: Variant()})
@@ -166,3 +175,11 @@ def test_markdown() -> None:
         Ablation(corpus="t", corpus_sha256="0", code_sha256="0", n_rows=1, n_groups=1, n_folds=5, seeds=[0], rows=[row])
     )
     assert text.splitlines()[-1] == "| without urls | 78.00 ± 0.10 | 70.00 ± 0.20 | -1.25 [-1.50, -1.00] |"
+
+
+def test_the_docs_give_the_results() -> None:
+    repo = Path(__file__).parent.parent
+    (out,) = (repo / "benchmarks" / "results").glob("*/tweets_ablation.json")
+    result = msgspec.json.decode(out.read_bytes(), type=Ablation)
+    assert [row.name for row in result.rows] == list(VARIANTS)
+    assert as_markdown(result) in (repo / "docs" / "tweets.md").read_text(encoding="utf-8")

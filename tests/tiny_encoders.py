@@ -34,6 +34,8 @@ TINY = {
     },
     "mpnet": {**_BERT_SIZES, "max_position_embeddings": MAX_TOKENS + 2},
 }
+XLNET = {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64, "vocab_size": N_VOCAB, "pad_token_id": 1}
+"""Not among TINY: it has parameters that no classifier uses, weights of three axes, and pads on the left."""
 HEADS = {
     "bert": "classifier",
     "roberta": "classifier.out_proj",
@@ -45,7 +47,7 @@ HEADS = {
 def save_encoder(family: str, folder: Path, n_labels: int = 2, seed: int = 0) -> PreTrainedModel:
     """Weights wide enough that texts get different logits, and a tokenizer that cuts and pads unless told not to."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, **TINY[family], num_labels=n_labels)
+    config = AutoConfig.for_model(family, **(XLNET if family == "xlnet" else TINY[family]), num_labels=n_labels)
     model = AutoModelForSequenceClassification.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -54,9 +56,15 @@ def save_encoder(family: str, folder: Path, n_labels: int = 2, seed: int = 0) ->
     model.save_pretrained(folder)
     tokenizer = _byte_bpe() if family == "roberta" else _word_pieces()
     tokenizer.enable_truncation(MAX_TOKENS)
-    tokenizer.enable_padding(length=MAX_TOKENS, pad_id=1, pad_token="<pad>")
+    side = "left" if family == "xlnet" else "right"
+    tokenizer.enable_padding(direction=side, length=MAX_TOKENS, pad_id=1, pad_token="<pad>")
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        padding_side=side,
     ).save_pretrained(folder)
     return model
 

@@ -23,7 +23,7 @@ from onnx import TensorProto, numpy_helper
 
 from device.schema import SlimpiError, write_atomic
 from pipeline.encoders import Encoder, load_encoder, quiet_transformers
-from pipeline.export import onnx_int8, onnx_nbits
+from pipeline.export import onnx_int8, onnx_nbits, onnx_xlnet
 from pipeline.export.onnx_observe import Calibration, Observed
 from pipeline.export.onnx_rewrite import SCALE, ZERO_POINT, Rewriter
 from pipeline.export.onnx_static import DIVISOR, KEPT_INDEX, KEPT_ROWS
@@ -231,13 +231,22 @@ def exported(encoder: Encoder, task: str = "text-classification") -> onnx.ModelP
     from optimum.exporters.onnx import onnx_export_from_model
 
     with tempfile.TemporaryDirectory(prefix="slimpi-onnx-") as scratch, to_stderr(), quiet_transformers():
-        encoder.model.config._name_or_path = scratch  # optimum copies what it finds at that path; there is nothing
+        config = encoder.model.config
+        config._name_or_path = scratch  # optimum copies what it finds at that path; there is nothing
         try:
-            onnx_export_from_model(encoder.model, Path(scratch), task=task, opset=OPSET, do_validation=False)
+            onnx_export_from_model(
+                encoder.model,
+                Path(scratch),
+                task=task,
+                opset=OPSET,
+                do_validation=False,
+                custom_onnx_configs=onnx_xlnet.export_configs(config, task) if config.model_type == "xlnet" else None,
+            )
         except (ValueError, KeyError, NotImplementedError) as error:
-            kind = encoder.model.config.model_type
+            kind = config.model_type
             raise SlimpiError(f"optimum cannot export a {kind} classifier: {error}. Use another encoder.") from error
         model = onnx.load(Path(scratch) / "model.onnx")
+    onnx_xlnet.plain_products(model.graph)
     name_weights(model, encoder.model.state_dict())
     return model
 
@@ -274,6 +283,7 @@ def _compare(data: bytes, encoder: Encoder, max_tokens: int) -> None:
     rng = np.random.default_rng(0)
     for batch, length in ((1, max_tokens), (3, max(3, max_tokens // 2))):
         mask = (np.arange(length) < np.linspace(length, 2, batch)[:, None]).astype(np.int64)
+        mask = mask[:, ::-1].copy() if encoder.tokenizer.padding_side == "left" else mask
         ids = rng.integers(0, encoder.model.config.vocab_size, (batch, length))
         feed = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
         feed = {name: feed[name] for name in names}
@@ -295,10 +305,18 @@ def one_thread() -> Any:
 
 
 def bare_tokenizer(tokenizer: Any) -> bytes:
-    """tokenizer.json without padding or truncation: the device cuts at max_tokens and pads to its batch."""
+    """tokenizer.json without truncation or padding, but for its side and token where that is the left: the device cuts
+    at max_tokens and pads to its batch."""
     import tokenizers
 
     bare = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     bare.no_padding()
     bare.no_truncation()
+    if tokenizer.padding_side == "left":
+        bare.enable_padding(
+            direction="left",
+            pad_id=tokenizer.pad_token_id,
+            pad_token=tokenizer.pad_token,
+            pad_type_id=tokenizer.pad_token_type_id,
+        )
     return str(bare.to_str(pretty=True)).encode()

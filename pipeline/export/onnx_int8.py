@@ -6,7 +6,6 @@ channels and the most sensitive products in fp32, never more than 5 % of the wei
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,12 +77,10 @@ def quantize(
     model: onnx.ModelProto,
     spec: Int8Spec,
     calibration: Calibration,
-    slow: Collection[str] = (),
     seen: dict[str, Observed] | None = None,
     tick: Tick = quiet,
 ) -> Quantized:
-    """The fp32 `model` as `spec` says. `slow`: names of weights whose products stay fp32 since INT8 was measured to be
-    slower there; `seen`: what `observe` gave; filled if it is empty."""
+    """The fp32 `model` as `spec` says. `seen`: what `observe` gave; filled if it is empty."""
     found = products(model.graph)
     seen = {} if seen is None else seen
     if not seen:
@@ -92,11 +89,11 @@ def quantize(
     choices = Choices(arithmetic, spec.per_channel, spec.ranges, plan.alphas, plan.n_kept)
     treatments = treat(model.graph, found, seen, choices)
     n_table_weights = table_weights(model.graph)
-    kept = [p for p in found if p.name in slow]
+    kept: list[Product] = []
     felt: dict[str, float] = {}
     if plan.selects:
         felt = sensitivities(model, treatments, arithmetic, spec.per_channel, calibration, tick)
-        kept = stay_fp32(found, treatments, felt, n_table_weights, {p.y for p in kept})
+        kept = stay_fp32(found, treatments, felt, n_table_weights)
     used = {y: t for y, t in treatments.items() if y not in {p.y for p in kept}}
     quantized = quantize_static(model, used, arithmetic, spec.per_channel)
     fold_divisions(quantized)

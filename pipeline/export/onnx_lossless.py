@@ -7,7 +7,7 @@ the frontier; they return to fp32, frontier after frontier, as long as enough we
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx
@@ -67,14 +67,11 @@ def stay_fp32(
     treatments: Mapping[str, Treatment],
     sensitivity: Mapping[str, float],
     n_table_weights: int,
-    forced: Collection[str] = (),
     min_share: float = MIN_SHARE,
 ) -> list[Product]:
-    """The products that return to fp32, in the order chosen. `forced` (their y) do in any case."""
-    chosen = [p for p in found if p.y in forced]
-    left = [p for p in found if p.y not in forced]
-    names = {p.name for p in found if sum(q.name == p.name for q in found) > 1}
-    left = [p for p in left if p.name not in names]  # a shared weight has one form
+    """The products that return to fp32, in the order chosen; those that share a weight stay INT8."""
+    chosen: list[Product] = []
+    left = [p for p in found if sum(q.name == p.name for q in found) == 1]
     while left:
         best = [left[i] for i in frontier([sensitivity[p.y] for p in left], [p.n_weights for p in left])]
         for product in best:

@@ -77,7 +77,9 @@ def batches(calibration: Calibration, inputs: list[str]) -> list[Feeds]:
     """Feeds (n, length) of texts of one length, in the order of lengths."""
     columns = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
     if unknown := set(inputs) - columns.keys():
-        raise SlimpiError(f"the encoder wants unknown inputs {sorted(unknown)}. Export it as a text classifier.")
+        raise SlimpiError(
+            f"it wants unknown inputs {sorted(unknown)}: only encoders are calibrated. Take INT8-dynamic."
+        )
     by_length: dict[int, list[Any]] = {}
     for encoding in calibration.encodings:
         by_length.setdefault(len(encoding.ids), []).append(encoding)

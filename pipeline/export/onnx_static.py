@@ -145,6 +145,14 @@ class _Static(Rewriter):
         self.treatments, self.arithmetic, self.per_channel, self.lookups = treatments, arithmetic, per_channel, lookups
         self.inputs: dict[tuple[object, ...], str] = {}
         self.names: set[str] = {t.name for t in graph.initializer}
+        self.replaced: list[onnx.TensorProto] = []
+
+    def run(self) -> None:
+        super().run()
+        used = {name for node in self.graph.node for name in node.input}
+        for tensor in self.replaced:
+            if tensor.name not in used:
+                self.graph.initializer.remove(tensor)
 
     def lookup(self, node: onnx.NodeProto) -> None:
         if self.lookups:
@@ -163,18 +171,26 @@ class _Static(Rewriter):
         treatment = self.treatments[y]
         transposed = self.check_gemm(node)
         x, weight = node.input[0], node.input[1]
-        codes_of_w = self.weight(weight, transposed, treatment)
-        codes_of_x = self.activation(x, weight, treatment)
+        factors = self.activation(x, weight, treatment), self.weight(weight, transposed, treatment)
         biased = len(node.input) > 2
         product = f"{y}.product" if biased or treatment.kept else y
-        self.add("MatMul", [codes_of_x, codes_of_w], product)
+        self.add("MatMul", list(factors), product)
         if treatment.kept:
             self.add("Gather", [x, f"{weight}{KEPT_INDEX}"], f"{y}.kept", axis=-1)
             self.add("MatMul", [f"{y}.kept", f"{weight}{KEPT_ROWS}"], f"{y}.kept_product")
             self.add("Add", [product, f"{y}.kept_product"], f"{y}.sum" if biased else y)
             product = f"{y}.sum"
         if biased:
-            self.add("Add", [product, node.input[2]], y)
+            self.add("Sub", [product, self.negated(node.input[2])], y)
+
+    def negated(self, bias: str) -> str:
+        """Taken off instead of added: MatMul and Add would be fused to a Gemm, for which there is no integer form."""
+        name = f"{bias}.negated"
+        if name not in self.names:
+            (tensor,) = (t for t in self.graph.initializer if t.name == bias)
+            self.constant(name, -numpy_helper.to_array(tensor))
+            self.replaced.append(tensor)
+        return name
 
     def weight(self, name: str, transposed: bool, treatment: Treatment) -> str:
         """The dequantized weight's name; the weight becomes codes."""

@@ -169,7 +169,8 @@ def ablate(
     tick: Tick = quiet,
 ) -> Ablation:
     """Every row of VARIANTS over the same folds, written to `out` after each; rows that `out` holds from the same
-    table, code, classifier, folds and seeds are kept. SlimpiError for a bad table, or an `out` that is no such file."""
+    table, code, classifier, folds and seeds are kept. SlimpiError for a bad table, or an `out` that is no such file.
+    """
     tweets = read_tweets(table)
     labels, groups = targets(tweets), near_duplicates([tweet.text for tweet in tweets])
     result = Ablation(
@@ -217,6 +218,8 @@ def _predicted(
 ) -> IntArray:
     """(seeds, n) out-of-fold labels."""
     words = documents(tweets, variant)
+    if not any(words):
+        raise SlimpiError("no tweet has a word left after cleaning. Use a table of texts.")
     numbers = np.array([[NUMBERS[name](tweet.text) for name in variant.numbers] for tweet in tweets])
     return np.array([predictions(words, numbers, labels, each) for each in parts])
 

@@ -35,7 +35,7 @@ def _segmenter() -> Callable[[str], list[str]]:
 
 
 HOST_STEPS: dict[str, Callable[[str], str]] = {"segment": segment_hashtags}
-"""Steps for studies on the host. A step that is worth its place belongs in device/text.py."""
+"""Steps for studies on the host: a words.json that names one is refused. What is worth it goes to device/text.py."""
 
 ALL_STEPS = {**STEPS, **HOST_STEPS}
 
@@ -47,12 +47,3 @@ def clean(text: str, steps: Sequence[str]) -> str:
     for step in steps:
         text = ALL_STEPS[step](text)
     return " ".join(text.split())
-
-
-def require_device_steps(steps: Sequence[str]) -> None:
-    """SlimpiError for a step that the device lacks: an artifact with it would be read otherwise there."""
-    if missing := [step for step in steps if step not in STEPS]:
-        why = "runs on the host only" if missing[0] in HOST_STEPS else "is unknown"
-        raise SlimpiError(
-            f"cleaning step {missing[0]!r} {why}, the device has {', '.join(STEPS)}. Leave it out of an artifact."
-        )
