@@ -13,8 +13,7 @@ from pipeline.emulator import host
 from pipeline.emulator.image import build
 from pipeline.emulator.machine import LIFETIME_H, Running, boot, shut_down, ssh, status
 from pipeline.progress import Progressor
-
-DEFAULT_CACHE = Path("models/artifacts/.emulator")
+from pipeline.store import places
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -64,7 +63,9 @@ def _describe(running: Running) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m pipeline.emulator", description=__doc__)
     parser.add_argument("command", choices=["up", "down", "status", "ssh-config", "install-deps"])
-    parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="where images and the running state are kept")
+    parser.add_argument(
+        "--cache", type=Path, default=places().artifacts / ".emulator", help="images and the running state"
+    )
     parser.add_argument("--apt-sources", type=Path, help="a .list or .sources file instead of this machine's own")
     parser.add_argument("--memory-mib", type=int, default=4096, help="the guest's memory")
     parser.add_argument("--cpus", type=int, default=4)
