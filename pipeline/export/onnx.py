@@ -68,7 +68,7 @@ def export_encoder(model_dir: Path, out_dir: Path, labels: list[str], max_tokens
     if n_bytes > MAX_PROTOBUF_BYTES:
         raise SlimpiError(f"{model_dir} has {n_bytes} bytes of fp32 weights; an ONNX file holds less than 2 GiB.")
     out_dir.mkdir(parents=True, exist_ok=True)
-    model = exported(encoder)
+    model = exported(encoder.model)
     data = model.SerializeToString()
     _compare(data, encoder, max_tokens)
     write_atomic(out_dir / "tokenizer.json", bare_tokenizer(encoder.tokenizer))
@@ -226,16 +226,17 @@ def _load(path: Path) -> onnx.ModelProto:
 # Export.
 
 
-def exported(encoder: Encoder, task: str = "text-classification") -> onnx.ModelProto:
-    """The model as optimum exports it for a task ("feature-extraction" of a body), weights under their own names."""
+def exported(model: Any, task: str = "text-classification", remedy: str = "Use another encoder.") -> onnx.ModelProto:
+    """A transformers model as optimum exports it for a task ("feature-extraction" of a body,
+    "text-generation-with-past" with a cache), weights under their own names. SlimpiError if it cannot."""
     from optimum.exporters.onnx import onnx_export_from_model
 
     with tempfile.TemporaryDirectory(prefix="slimpi-onnx-") as scratch, to_stderr(), quiet_transformers():
-        config = encoder.model.config
+        config = model.config
         config._name_or_path = scratch  # optimum copies what it finds at that path; there is nothing
         try:
             onnx_export_from_model(
-                encoder.model,
+                model,
                 Path(scratch),
                 task=task,
                 opset=OPSET,
@@ -243,12 +244,11 @@ def exported(encoder: Encoder, task: str = "text-classification") -> onnx.ModelP
                 custom_onnx_configs=onnx_xlnet.export_configs(config, task) if config.model_type == "xlnet" else None,
             )
         except (ValueError, KeyError, NotImplementedError) as error:
-            kind = config.model_type
-            raise SlimpiError(f"optimum cannot export a {kind} classifier: {error}. Use another encoder.") from error
-        model = onnx.load(Path(scratch) / "model.onnx")
-    onnx_xlnet.plain_products(model.graph)
-    name_weights(model, encoder.model.state_dict())
-    return model
+            raise SlimpiError(f"optimum cannot export a {config.model_type} for {task}: {error}. {remedy}") from error
+        found = onnx.load(Path(scratch) / "model.onnx")
+    onnx_xlnet.plain_products(found.graph)
+    name_weights(found, model.state_dict())
+    return found
 
 
 @contextlib.contextmanager

@@ -8,7 +8,6 @@ device/onnx_language.py.
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,8 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from device.schema import SlimpiError, write_atomic
 from pipeline.checkpoint import Checkpoint
-from pipeline.encoders import quiet_transformers
-from pipeline.export.onnx import MAX_PROTOBUF_BYTES, OPSET, name_weights, to_stderr
+from pipeline.export.onnx import MAX_PROTOBUF_BYTES, exported
 from pipeline.export.onnx_nbits import DOMAIN, Blockwise
 from pipeline.formats import QTensor
 from pipeline.torch_model import in_transformers
@@ -42,7 +40,7 @@ def export_language(checkpoint: Checkpoint, out_dir: Path) -> Path:
         raise SlimpiError(
             f"{n_bytes / 2**30:.1f} GiB of fp32 weights: an ONNX file holds less than 2 GiB. Export to gguf."
         )
-    model = _exported(checkpoint)
+    model = exported(in_transformers(checkpoint), "text-generation-with-past", "Export to gguf.")
     _slice_logits(model.graph)
     helper.set_model_props(model, {HABITS: json.dumps(habits(checkpoint))})
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -72,23 +70,6 @@ def onnx_shape(path: Path) -> tuple[int, int]:
     heads, size = found["cache"]
     n_caches = sum(value.name.startswith("past_key_values.") for value in model.graph.input)
     return found["n_vocab"], n_caches * heads * size
-
-
-def _exported(checkpoint: Checkpoint) -> onnx.ModelProto:
-    from optimum.exporters.onnx import onnx_export_from_model
-
-    model = in_transformers(checkpoint)
-    with tempfile.TemporaryDirectory(prefix="slimpi-onnx-") as scratch, to_stderr(), quiet_transformers():
-        model.config._name_or_path = scratch  # optimum copies what it finds at that path; there is nothing
-        try:
-            onnx_export_from_model(
-                model, Path(scratch), task="text-generation-with-past", opset=OPSET, do_validation=False
-            )
-        except (ValueError, KeyError, NotImplementedError) as error:
-            raise SlimpiError(f"optimum cannot export {checkpoint.architecture}: {error}. Export to gguf.") from error
-        exported = onnx.load(Path(scratch) / "model.onnx")
-    name_weights(exported, model.state_dict())
-    return exported
 
 
 def _slice_logits(graph: onnx.GraphProto) -> None:

@@ -72,7 +72,7 @@ class EncoderModel:
         return logits[:, 1] - logits[:, 0]
 
     def add_to(self, graph: Graph) -> str:
-        logits = graph.embed(onnx.exported(self.encoder), "logits", f"{graph.prefix}encoder.")
+        logits = graph.embed(onnx.exported(self.encoder.model), "logits", f"{graph.prefix}encoder.")
         no, yes = (graph.constant(np.array([i], np.int64)) for i in (0, 1))
         columns = [graph.add("Gather", [logits, label], axis=1) for label in (yes, no)]
         return graph.add("Sub", columns)
@@ -163,7 +163,9 @@ class EmbeddingModel:
     def add_to(self, graph: Graph) -> str:
         encoder = self.embedder.encoder
         body = Encoder(encoder.model.base_model, encoder.tokenizer, ())
-        states = graph.embed(onnx.exported(body, "feature-extraction"), "last_hidden_state", f"{graph.prefix}encoder.")
+        states = graph.embed(
+            onnx.exported(body.model, "feature-extraction"), "last_hidden_state", f"{graph.prefix}encoder."
+        )
         axis = graph.constant(np.array([1], np.int64))
         mask = graph.add("Cast", [graph.input("attention_mask")], to=1)
         column = graph.add("Unsqueeze", [mask, graph.constant(np.array([2], np.int64))])
