@@ -13,10 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from device.runtimes import Logits, OnnxSession, one_line
-from device.schema import Artifact, SlimpiError
-from device.words import INPUTS, SPEC, ReadText, Text, WordReader, read_spec
+from device.schema import TOKENIZER, WORDS, Artifact, SlimpiError
+from device.words import INPUTS, ReadText, Text, WordReader, read_spec
 
-TOKENIZER = "tokenizer.json"
 PADDING_TOKENS = ("[PAD]", "<pad>")
 TOKEN_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
@@ -56,7 +55,7 @@ class OnnxClassifier:
                 f"{', '.join((*TOKEN_INPUTS, *INPUTS))}."
             )
         listed = {file.path for file in artifact.files}
-        for name, wanted in ((TOKENIZER, self._token_inputs), (SPEC, self._word_inputs)):
+        for name, wanted in ((TOKENIZER, self._token_inputs), (WORDS, self._word_inputs)):
             if wanted and name not in listed:
                 raise SlimpiError(f"{path} reads {wanted[0]}, but {artifact.id} has no {name}. Build it again.")
         self._tokenizer = _Tokenizer(folder / TOKENIZER, artifact.max_tokens) if self._token_inputs else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
 import re
@@ -11,7 +12,6 @@ from pathlib import Path
 from device import firmware
 from device.firmware import read
 from device.memory import parse_kib_fields
-from device.runtimes import versions
 from device.schema import Facts
 
 BUSY_WINDOW_S = 0.2
@@ -70,6 +70,17 @@ def collect(work: Path | None = None) -> Facts:
         swap_total_bytes=memory.get("SwapTotal", 0),
         under_voltage_alarm=firmware.under_voltage_alarm(),
     )
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes, without importing it; packages that are not installed are left out."""
+    found: dict[str, str] = {}
+    for package in ("llama-cpp-python", "onnxruntime", "tokenizers", "numpy"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def parse_board(device_tree: str | None, vendor: str | None, product: str | None) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from device.runtimes import llama_api, new_thread_pool
+from device.llama import llama_api, new_thread_pool
 from device.schema import SlimpiError
 
 Float32 = NDArray[np.float32]

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from device.onnx_language import OnnxLanguageModel
-from device.runtimes import N_BATCH, N_UBATCH, LlamaModel, llama_api, load_onnxruntime
+from device.llama import N_BATCH, N_UBATCH, LlamaModel, llama_api
 from device.schema import Artifact
 
-LanguageModel = LlamaModel | OnnxLanguageModel
+if TYPE_CHECKING:
+    from device.onnx_language import OnnxLanguageModel
+
+LanguageModel: TypeAlias = "LlamaModel | OnnxLanguageModel"
 
 
 @dataclass(frozen=True)
@@ -24,11 +26,23 @@ class Runtime:
     settings: Mapping[str, Any]
 
 
+def _open_onnx(path: Path, threads: int) -> OnnxLanguageModel:
+    from device.onnx_language import OnnxLanguageModel  # here, since it imports numpy
+
+    return OnnxLanguageModel(path, threads)
+
+
+def _load_onnx() -> None:
+    from device.runtimes import load_onnxruntime
+
+    load_onnxruntime()
+
+
 RUNTIMES: Mapping[str, Runtime] = {
     "gguf": Runtime(
         LlamaModel, llama_api, {"n_batch": N_BATCH, "n_ubatch": N_UBATCH, "flash_attention": "auto", "kv": "f16"}
     ),
-    "onnx": Runtime(OnnxLanguageModel, load_onnxruntime, {"n_batch": N_BATCH, "kv": "f32", "runtime": "onnxruntime"}),
+    "onnx": Runtime(_open_onnx, _load_onnx, {"n_batch": N_BATCH, "kv": "f32", "runtime": "onnxruntime"}),
 }
 
 

@@ -1,4 +1,4 @@
-"""Causal language models in ONNX Runtime on the CPU, with what the tasks ask of `runtimes.LlamaModel`.
+"""Causal language models in ONNX Runtime on the CPU, with what the tasks ask of `llama.LlamaModel`.
 
 The graph (pipeline/export/onnx_language.py writes it): input_ids and position_ids int64 (1, n), attention_mask int64
 (1, past + n), first_logit int64 (1,), past_key_values.I.key and .value float32 (1, heads, past, head size); logits
@@ -16,7 +16,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from device.runtimes import N_UBATCH, Logits, OnnxSession, Tokens
+from device.llama import N_UBATCH
+from device.runtimes import Logits, OnnxSession, Tokens
 from device.schema import Record, SlimpiError
 
 HABITS = "slimpi.vocabulary"

@@ -23,6 +23,9 @@ from msgspec import Meta
 
 SCHEMA_VERSION = 1
 
+# Files of a classifier, by name: what reads its texts.
+TOKENIZER, WORDS = "tokenizer.json", "words.json"
+
 Sha256 = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 Provenance = Literal["measured", "emulated", "predicted", "host"]
 Kind = Literal["gguf", "onnx"]

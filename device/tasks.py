@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from device import divergence, language, parity, profile, tweets
-from device.classifier import TOKENIZER
 from device.samples import Taken
 from device.schema import (
+    TOKENIZER,
+    WORDS,
     Artifact,
     Divergence,
     Job,
@@ -27,7 +28,6 @@ from device.schema import (
     Tweets,
 )
 from device.wire import Request, Started
-from device.words import SPEC
 
 LM, ONNX_LM, CLASSIFIER = ("gguf", "lm"), ("onnx", "lm"), ("onnx", "classifier")
 LMS = (LM, ONNX_LM)
@@ -50,16 +50,28 @@ class TaskSpec:
     timed: bool = False
 
 
+def _spec(needs: tuple[tuple[str, str], ...], module: str, run: str, summarize: str, timed: bool = False) -> TaskSpec:
+    """Functions of a module of `device`, imported when one of them is called: a worker loads what its task needs."""
+    return TaskSpec(needs, _later(module, run), _later(module, summarize), timed)
+
+
+def _later(module: str, name: str) -> Callable[..., Any]:
+    def call(*arguments: Any) -> Any:
+        return getattr(importlib.import_module(f"device.{module}"), name)(*arguments)
+
+    return call
+
+
 TASKS: Mapping[type[Task], TaskSpec] = MappingProxyType(
     {
-        Perplexity: TaskSpec(LMS, language.run_perplexity, language.summarize_perplexity),
-        Throughput: TaskSpec(LMS, language.run_throughput, language.summarize_throughput, timed=True),
-        Tweets: TaskSpec((CLASSIFIER,), tweets.run_tweets, tweets.summarize_tweets, timed=True),
-        Parity: TaskSpec((*LMS, CLASSIFIER), parity.run_parity, parity.summarize_parity),
-        RecordGolden: TaskSpec((*LMS, CLASSIFIER), parity.run_record_golden, parity.summarize_record_golden),
-        RecordLogits: TaskSpec(LMS, divergence.run_record_logits, divergence.summarize_record_logits),
-        Divergence: TaskSpec(LMS, divergence.run_divergence, divergence.summarize_divergence),
-        Profile: TaskSpec((LM,), profile.run_profile, profile.summarize_profile, timed=True),
+        Perplexity: _spec(LMS, "language", "run_perplexity", "summarize_perplexity"),
+        Throughput: _spec(LMS, "throughput", "run_throughput", "summarize_throughput", timed=True),
+        Tweets: _spec((CLASSIFIER,), "tweets", "run_tweets", "summarize_tweets", timed=True),
+        Parity: _spec((*LMS, CLASSIFIER), "parity", "run_parity", "summarize_parity"),
+        RecordGolden: _spec((*LMS, CLASSIFIER), "parity", "run_record_golden", "summarize_record_golden"),
+        RecordLogits: _spec(LMS, "divergence", "run_record_logits", "summarize_record_logits"),
+        Divergence: _spec(LMS, "divergence", "run_divergence", "summarize_divergence"),
+        Profile: _spec((LM,), "profile", "run_profile", "summarize_profile", timed=True),
     }
 )
 
@@ -89,7 +101,7 @@ def check_fit(task: Task, artifact: Artifact) -> None:
 def check_classifier(artifact: Artifact) -> None:
     """SlimpiError if a classifier lacks what its texts are read with; what the graph asks for is seen when it loads."""
     files = {file.path for file in artifact.files}
-    if not files & {TOKENIZER, SPEC}:
-        raise SlimpiError(f"{artifact.id} has no {TOKENIZER} or {SPEC} among its files. Build it again.")
+    if not files & {TOKENIZER, WORDS}:
+        raise SlimpiError(f"{artifact.id} has no {TOKENIZER} or {WORDS} among its files. Build it again.")
     if TOKENIZER in files and artifact.max_tokens < 1:
         raise SlimpiError(f"{artifact.id} has max_tokens {artifact.max_tokens}, texts are cut there. Build it again.")

@@ -23,11 +23,10 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import Meta
 
-from device.schema import Record, SlimpiError, read_record
+from device.schema import WORDS, Record, SlimpiError, read_record
 from device.text import NUMBERS, STEPS, clean, split_words
 
 PADDING, UNKNOWN = 0, 1
-SPEC = "words.json"
 
 
 class Text(msgspec.Struct, frozen=True):
@@ -68,7 +67,7 @@ def plain_keyword(keyword: str) -> str:
 
 
 def read_spec(folder: Path) -> WordSpec:
-    return read_record(folder / SPEC, WordSpec)
+    return read_record(folder / WORDS, WordSpec)
 
 
 @dataclass(frozen=True)

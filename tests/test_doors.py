@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from fakes import write_llama
 
 REPO = Path(__file__).resolve().parent.parent
 RUNTIMES = {"llama_cpp", "onnxruntime"}
@@ -75,8 +76,26 @@ def test_the_agent_loads_no_runtime_no_torch_and_nothing_of_pipeline() -> None:
 
 def test_a_worker_loads_no_torch_and_nothing_of_pipeline() -> None:
     code = (
-        "import sys, device.worker, device.runtimes as r, llama_cpp, onnxruntime, tokenizers; r.llama_api();"
+        "import sys, device.worker, device.llama as r, llama_cpp, onnxruntime, tokenizers; r.llama_api();"
         "print(*sorted(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
     assert not roots(set(done.stdout.split())) & {"torch", "transformers", "pipeline", "gguf"}
+
+
+def test_numpy_is_in_no_process_that_times_llama_cpp(tmp_path: Path) -> None:
+    write_llama(tmp_path / "model.gguf")
+    code = (
+        "import sys, device.agent, device.worker, device.throughput\n"
+        "from pathlib import Path\n"
+        "from device.llama import LlamaModel\n"
+        f"with LlamaModel(Path({str(tmp_path / 'model.gguf')!r}), 1) as model:\n"
+        "    model.open_context(8)\n"
+        "    model.run(model.random_batches(8, 8, seed=0))\n"
+        "    model.next_token()\n"
+        "print(*sorted(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
+    loaded = roots(set(done.stdout.split()))
+    assert {"device", "llama_cpp"} <= loaded
+    assert not loaded & {"numpy", "onnxruntime", "tokenizers"}

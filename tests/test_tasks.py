@@ -15,7 +15,7 @@ from fakes import TEXT, TWEETS, LlamaShape, World, artifact, llama_weights, writ
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from device import inputs, language, parity, runtimes, tweets
+from device import inputs, language, llama, parity, throughput, tweets
 from device.classifier import OnnxClassifier
 from device.schema import (
     Dataset,
@@ -56,7 +56,7 @@ def measure(job: Job) -> dict[str, Measurement]:
 
 def test_llama_logits_equal_the_float64_twin(world: World) -> None:
     shape = LlamaShape()
-    with runtimes.LlamaModel(world.root / "lm" / "model.gguf", 1) as model:
+    with llama.LlamaModel(world.root / "lm" / "model.gguf", 1) as model:
         tokens = model.tokenize(TEXT.encode())[:40]
         model.open_context(40)
         ((first, rows),) = model.logits(tokens, 0)
@@ -73,7 +73,7 @@ def test_perplexity_equals_the_float64_twin(tmp_path: Path, add_bos: bool, n_ctx
     world = World.make(tmp_path, shape)
     job = world.job("gguf", [Perplexity(dataset=world.dataset("text.txt"), n_ctx=n_ctx, n_chunks=3)])
     nll = measure(job)["nll"]
-    with runtimes.LlamaModel(world.root / "lm" / "model.gguf", 1) as model:
+    with llama.LlamaModel(world.root / "lm" / "model.gguf", 1) as model:
         tokens = model.tokenize((world.root / "data" / "text.txt").read_bytes()).tolist()
     weights = llama_weights(shape)
     expected = reference.chunk_nlls(
@@ -87,7 +87,7 @@ def test_perplexity_equals_the_float64_twin(tmp_path: Path, add_bos: bool, n_ctx
 
 def test_a_final_newline_is_not_part_of_the_text(world: World) -> None:
     """llama-perplexity drops one; here it would open one more chunk."""
-    with runtimes.LlamaModel(world.root / "lm" / "model.gguf", 1) as model:
+    with llama.LlamaModel(world.root / "lm" / "model.gguf", 1) as model:
         text = TEXT.encode()
         while len(model.tokenize(text)) != 64:
             text = text[:-1]
@@ -103,7 +103,7 @@ def test_a_final_newline_is_not_part_of_the_text(world: World) -> None:
 def test_perplexity_across_several_batches_equals_one(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     job = world.job("gguf", [Perplexity(dataset=world.dataset("text.txt"), n_ctx=96, n_chunks=1)])
     whole = measure(job)["nll"].samples
-    monkeypatch.setattr(runtimes, "N_UBATCH", 20)
+    monkeypatch.setattr(llama, "N_UBATCH", 20)
     monkeypatch.setattr(language, "N_UBATCH", 20)
     assert measure(job)["nll"].samples == pytest.approx(whole, abs=1e-3)
 
@@ -144,7 +144,7 @@ def test_throughput_counts_tokens_over_time(world: World) -> None:
     }
     for prefill, ttft in zip(taken["prefill_ms"], taken["ttft_ms"], strict=True):
         assert 0 < prefill.value < ttft.value
-    results = {m.metric: m for m in language.summarize_throughput(job.tasks[0], taken, job)}  # type: ignore[arg-type]
+    results = {m.metric: m for m in throughput.summarize_throughput(job.tasks[0], taken, job)}  # type: ignore[arg-type]
     speed = results["prefill_tokens_per_s"]
     assert (len(speed.warmup), len(speed.samples), speed.unit) == (2, 4, "token/s")
     assert speed.samples == pytest.approx([40 / (s.value / 1000) for s in taken["prefill_ms"][2:]])
@@ -170,7 +170,7 @@ def test_throughput_warms_up_again_when_resumed(world: World) -> None:
 
 
 def test_random_batches_hold_the_tokens_llama_bench_would_feed(world: World) -> None:
-    with runtimes.LlamaModel(world.root / "lm" / "model.gguf", 1) as model:
+    with llama.LlamaModel(world.root / "lm" / "model.gguf", 1) as model:
         batches = model.random_batches(10, 4, seed=0)
         assert [batch.n_tokens for batch in batches] == [4, 4, 2]
         tokens = [batch.token[i] for batch in batches for i in range(batch.n_tokens)]
@@ -180,7 +180,7 @@ def test_random_batches_hold_the_tokens_llama_bench_would_feed(world: World) -> 
 
 
 def test_a_context_too_small_is_an_error_not_a_crash(world: World) -> None:
-    with runtimes.LlamaModel(world.root / "lm" / "model.gguf", 1) as model:
+    with llama.LlamaModel(world.root / "lm" / "model.gguf", 1) as model:
         model.open_context(8)
         n_ctx = model._api.llama_n_ctx(model._context)
         with pytest.raises(SlimpiError, match="Use a larger n_ctx"):

@@ -15,9 +15,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from device.schema import SlimpiError, encode
+from device.schema import WORDS, SlimpiError, encode
 from device.text import NUMBERS, STEPS, clean, split_words
-from device.words import INPUTS, SPEC, Text, WordReader, WordSpec, read_spec
+from device.words import INPUTS, Text, WordReader, WordSpec, read_spec
 
 EXAMPLES = [
     ("unescape", "Fire &amp;amp; smoke &lt;3", "Fire & smoke <3"),
@@ -202,7 +202,7 @@ def test_unknown_inputs_are_named() -> None:
 
 
 def test_a_spec_survives_its_file(tmp_path: Path) -> None:
-    (tmp_path / SPEC).write_bytes(encode(spec()))
+    (tmp_path / WORDS).write_bytes(encode(spec()))
     assert read_spec(tmp_path) == spec()
 
 
@@ -222,7 +222,7 @@ BAD_SPECS: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("name", BAD_SPECS)
 def test_bad_specs_are_refused_with_what_is_wrong(name: str, tmp_path: Path) -> None:
     changes, message = BAD_SPECS[name]
-    (tmp_path / SPEC).write_text(json.dumps(msgspec.to_builtins(spec()) | changes))
+    (tmp_path / WORDS).write_text(json.dumps(msgspec.to_builtins(spec()) | changes))
     with pytest.raises(SlimpiError) as caught:
         read_spec(tmp_path)
     assert message in str(caught.value)
@@ -233,6 +233,6 @@ def test_bad_specs_are_refused_with_what_is_wrong(name: str, tmp_path: Path) -> 
 def test_a_broken_spec_is_refused(data: bytes, tmp_path: Path) -> None:
     with pytest.raises(SlimpiError, match="cannot read"):
         read_spec(tmp_path)
-    (tmp_path / SPEC).write_bytes(data)
+    (tmp_path / WORDS).write_bytes(data)
     with pytest.raises(SlimpiError, match="not a valid WordSpec"):
         read_spec(tmp_path)

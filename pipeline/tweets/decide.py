@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from device.schema import SlimpiError, encode, write_atomic
-from device.words import INPUTS, SPEC, Text, WordReader, WordSpec
+from device.schema import WORDS, SlimpiError, encode, write_atomic
+from device.words import INPUTS, Text, WordReader, WordSpec
 from pipeline.export.onnx_graph import Graph
 from pipeline.progress import Tick, quiet
 from pipeline.tweets.calibration import Calibration, calibrate, logit
@@ -53,7 +53,7 @@ class Decider:
         _compare(data, self, self.validation[:N_COMPARED])
         folder.mkdir(parents=True, exist_ok=True)
         if self.model.spec:
-            write_atomic(folder / SPEC, encode(self.model.spec))
+            write_atomic(folder / WORDS, encode(self.model.spec))
         if self.model.tokenizer:
             write_atomic(folder / "tokenizer.json", self.model.tokenizer.encode())
         write_atomic(folder / "model.onnx", data)
