@@ -17,7 +17,7 @@ PI_VARIANTS ?= Q8_0 Q4_K_M Q4_0 INT8-dynamic
 EMULATED_SIZES := --n-ctx 64 --n-chunks 2 --n-prompt 16 --n-gen 4 --repetitions 3 --limit 16
 DEPLOY_SIZES ?= $(if $(filter emulated,$(PI)),$(EMULATED_SIZES))
 
-.PHONY: demo install test test-slow lint bench-peers bench-quality bench-mxq bench-classify bench-int8 peers tweets tweets-ablation fault-drill deploy-pi pi-emulator clean help
+.PHONY: demo install test test-slow lint bench-peers bench-quality bench-speed bench-plans bench-mxq bench-classify bench-int8 peers tweets tweets-ablation fault-drill deploy-pi pi-emulator clean help
 
 help:           ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/ /'
@@ -66,6 +66,12 @@ bench-quality: install  ## KL divergence and perplexity at equal bytes against l
 bench-classify: install  ## a tweet's latency against optimum's dynamic INT8 padded to 128, and raw ONNX Runtime (needs SLIMPI_DATA)
 	$(SLIMPI) build models/minilm-l6-tweets.toml --only INT8-dynamic
 	$(BIN)/python benchmarks/classify_speed.py
+
+bench-speed: install  ## seconds, memory and KL divergence of quantizing SmolLM2, against hqq, nncf, auto-round, llmcompressor, llama-quantize
+	$(BIN)/python benchmarks/quantize_speed.py
+
+bench-plans: install  ## programs by three measures, a genetic algorithm and a search at one size, by measured KL divergence
+	$(BIN)/python benchmarks/plan_table.py
 
 bench-mxq: install  ## MXQ's table: perplexity and KL divergence at 4.75 to 2.75 bits, against HQQ, GPTQ and AWQ (hours; resumable)
 	$(BIN)/python benchmarks/mxq_table.py models/gemma-3-270m.toml

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from device.schema import Step, sha256_file
 from pipeline import calibrate, checkpoint, hessians, quantize, sensitivity, sources
 from pipeline.export import llama_quantize
@@ -58,6 +60,30 @@ def input_stats(context: Context, base: Path) -> tuple[dict[str, Stats], list[St
             progress=tick,
         )
     return hessians.load_stats(folder), [Step(action="calibrate", source=settings.text, settings=facts)]
+
+
+def stats_for(context: Context, base: Path, needs: str) -> tuple[dict[str, Stats], list[Step]]:
+    """What a method with such `needs` has to know of the inputs. Means are the importance matrix: a fraction of the
+    time that Hessians take."""
+    if needs == "nothing":
+        return {}, []
+    if needs == "means":
+        path, step = importance_matrix(context, base)
+        return stats_of_importance(path), [step]
+    return input_stats(context, base)
+
+
+def stats_of_importance(path: Path) -> dict[str, Stats]:
+    """Stats by tensor name that know mean x^2; mean |x| is NaN, and asking for a Hessian a bug."""
+    found = calibrate.load_importance(path)
+
+    def no_hessian() -> torch.Tensor:
+        raise ValueError(f"{path} holds no Hessian; a method that reads one must say that it needs it")
+
+    return {
+        name: Stats(torch.from_numpy(mean_x2), torch.full((len(mean_x2),), torch.nan), found.n_tokens, no_hessian)
+        for name, mean_x2 in found.mean_x2.items()
+    }
 
 
 def output_sensitivity(context: Context, model: checkpoint.Checkpoint) -> tuple[sensitivity.Sensitivity, Step]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from device.schema import SlimpiError, Step
 from pipeline import checkpoint, quantize
-from pipeline.calibration_stages import WITH_IMPORTANCE, importance_matrix, input_stats
+from pipeline.calibration_stages import WITH_IMPORTANCE, importance_matrix, stats_for
 from pipeline.export import gguf as gguf_export
 from pipeline.export import llama_quantize
 from pipeline.exporter import Context, Exporter, Made, Prepared
@@ -92,8 +92,7 @@ def _quantize_by_method(context: Context, prepared: Prepared, spec: VariantSpec,
     """One of METHODS, layer by layer, into the types of a plan."""
     model = checkpoint.load(prepared.base)
     budget = budget_of(context, prepared.base, spec)
-    needed = METHODS[spec.method].needs != "nothing" or budget is not None
-    stats, lineage = input_stats(context, prepared.base) if needed else ({}, [])
+    stats, lineage = stats_for(context, prepared.base, "hessian" if budget else METHODS[spec.method].needs)
     shop = quantize.Workshop(
         context.places.stages,
         context.recipe.name,
@@ -113,9 +112,11 @@ def _quantize_by_method(context: Context, prepared: Prepared, spec: VariantSpec,
             model, out, "auto", encode, progress=lambda name, done, total: tick(done, total, name)
         )
     settings = {"method": spec.method, "plan": spec.name.partition("-")[2], "device": shop.device.type}
+    step = Step(action="quantize", source="base.gguf", settings=settings)
+    new = [found for found in planned.steps if found not in lineage]
     return Made(
         **_measured(out, types),
-        lineage=[*lineage, *planned.steps, Step(action="quantize", source="base.gguf", settings=settings)],
+        lineage=[*lineage, *new, step],
         fallbacks=list(plan.fallbacks),
         notes=parts.notes,
         spent=parts.blocks,

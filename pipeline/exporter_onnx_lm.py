@@ -15,7 +15,7 @@ import torch
 from device.schema import Fallback, SlimpiError, Step
 from pipeline import checkpoint, quantize
 from pipeline.architectures import gguf_names, row_order
-from pipeline.calibration_stages import input_stats
+from pipeline.calibration_stages import stats_for
 from pipeline.export import onnx, onnx_language, onnx_nbits
 from pipeline.export.gguf import gguf_tensors
 from pipeline.exporter import Context, Exporter, Made, Prepared
@@ -69,7 +69,7 @@ def _make(context: Context, prepared: Prepared, variant: str, folder: Path) -> M
     formats = {n: kind for n in linear if tensors[n].shape[1] % kind.block_size == 0}
     if not formats:
         raise SlimpiError(f"{variant}: no matrix has rows of whole blocks of {kind.block_size}. Take smaller blocks.")
-    stats, lineage = input_stats(context, lossless(context)[0]) if METHODS[method].needs != "nothing" else ({}, [])
+    stats, lineage = stats_for(context, lossless(context)[0], METHODS[method].needs)
     with context.progress.step(f"quantize {variant}") as tick:
         codes, vectors, notes = quantize.quantize_in_memory(model, method, formats, stats, tick)
     with context.progress.step(f"write {variant}"):
