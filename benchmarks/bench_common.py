@@ -1,16 +1,24 @@
-"""What the benchmarks' command lines share: which machine they run on, and how options are read."""
+"""What the benchmarks' command lines share: machine, options, where results go, and how they end."""
 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import platform
 import re
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from device.schema import SlimpiError, check_id
+from pipeline.store import Places
+
+
+class Main(Protocol):
+    def __call__(self, argv: Sequence[str] | None = None) -> int: ...
 
 
 def cpu_model() -> str:
@@ -45,3 +53,35 @@ def at_least(minimum: int) -> Callable[[str], int]:
         return int(text)
 
     return parse
+
+
+def output_options(parser: argparse.ArgumentParser, file: str) -> None:
+    """--machine and --out, which `result_path` reads."""
+    parser.add_argument("--machine", default=default_machine(), help="folder under the results (default %(default)s)")
+    parser.add_argument("--out", type=Path, help=f"file to write instead of benchmarks/results/<machine>/{file}")
+
+
+def result_path(options: argparse.Namespace, where: Places, file: str) -> Path:
+    check_machine(options.machine)
+    out: Path = options.out or where.results / options.machine / file
+    return out
+
+
+def command(name: str, interrupted: str) -> Callable[[Main], Main]:
+    """A benchmark's main, which ends with one line and exit code 1 for a SlimpiError, and for Ctrl-C; `interrupted` is
+    what it says then: what is kept, and how to go on."""
+
+    def decorate(main: Main) -> Main:
+        @functools.wraps(main)
+        def call(argv: Sequence[str] | None = None) -> int:
+            try:
+                return main(argv)
+            except SlimpiError as error:
+                print(f"{name}: {error}", file=sys.stderr)
+            except KeyboardInterrupt:
+                print(f"{name}: interrupted. {interrupted}", file=sys.stderr)
+            return 1
+
+        return call
+
+    return decorate

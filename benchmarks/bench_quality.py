@@ -16,7 +16,6 @@ import math
 import os
 import platform
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ import llama_tools
 import msgspec
 import numpy as np
 import quality_plot
-from bench_common import at_least, check_machine, cpu_model, default_machine, now
+from bench_common import at_least, command, cpu_model, now, output_options, result_path
 from quality_rows import Conditions, Maker, Quality, QualityRow, Score, Verdict, mean_interval, merged, verdicts_of
 
 from device.schema import (
@@ -317,39 +316,31 @@ def _parser() -> argparse.ArgumentParser:
     add("--threads", type=at_least(1), default=1, help="inference threads (default %(default)s)")
     add("--discard", action="store_true", help="remove each artifact that this run built once it is measured")
     add("--show", action="store_true", help="print what was measured before and write the page; run nothing")
-    add("--machine", default=default_machine(), help="folder under the results (default %(default)s)")
-    add("--out", type=Path, help="file to write instead of benchmarks/results/<machine>/quality.json")
+    output_options(parser, "quality.json")
     return parser
 
 
+@command("bench_quality", "Run it again: it goes on from the last file measured.")
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 1 if something failed or a target is missed; what was measured is kept either way."""
     options = _parser().parse_args(argv)
     where = places()
-    try:
-        check_machine(options.machine)
-        out = options.out or where.results / options.machine / "quality.json"
-        if options.show:
-            quality, failures = read_record(out, Quality), list[str]()
-        else:
-            quality, failures = run(options, where, out)
-        print(
-            "\n".join(
-                [
-                    *table(quality.rows),
-                    "~ some tensors fell back    = requantized to its source's own type: not compared",
-                ]
-            )
+    out = result_path(options, where, "quality.json")
+    if options.show:
+        quality, failures = read_record(out, Quality), list[str]()
+    else:
+        quality, failures = run(options, where, out)
+    print(
+        "\n".join(
+            [
+                *table(quality.rows),
+                "~ some tensors fell back    = requantized to its source's own type: not compared",
+            ]
         )
-        print("\n".join(["", *verdict_lines(quality.verdicts), "", *failures]))
-        page = out.with_suffix(".html")
-        write_atomic(page, quality_plot.page(quality).encode())
-    except SlimpiError as error:
-        print(f"bench_quality: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("bench_quality: interrupted. Run it again: it goes on from the last file measured.", file=sys.stderr)
-        return 1
+    )
+    print("\n".join(["", *verdict_lines(quality.verdicts), "", *failures]))
+    page = out.with_suffix(".html")
+    write_atomic(page, quality_plot.page(quality).encode())
     print(f"written to {out} and {page}")
     return 0 if not failures and all(verdict.ok for verdict in quality.verdicts) else 1
 

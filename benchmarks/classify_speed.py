@@ -24,7 +24,7 @@ from pathlib import Path
 from statistics import median
 
 import msgspec
-from bench_common import at_least, check_machine, cpu_model, default_machine, now
+from bench_common import at_least, command, cpu_model, now, output_options, result_path
 from classify_peer import Asked, Timed
 from classify_rows import (
     MIN_PAIRS,
@@ -252,27 +252,19 @@ def _parser() -> argparse.ArgumentParser:
     add("--pairs", type=at_least(1), default=MIN_PAIRS, help="rounds over all sides (default %(default)s)")
     add("--pad-to", type=at_least(1), default=128, help="length optimum's side pads to (default %(default)s)")
     add("--threads", type=at_least(1), default=1, help="inference threads of all (default %(default)s)")
-    add("--machine", default=default_machine(), help="folder under the results (default %(default)s)")
+    output_options(parser, "classify_speed.json")
     add("--note", default="", help="kept with the results, such as what else the machine did")
-    add("--out", type=Path, help="file to write instead of benchmarks/results/<machine>/classify_speed.json")
     return parser
 
 
+@command("classify_speed", "Nothing was written. Run it again.")
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 1 if something failed or a target is missed; the results are written either way."""
     options = _parser().parse_args(argv)
     where = places()
-    try:
-        check_machine(options.machine)
-        out = options.out or where.results / options.machine / "classify_speed.json"
-        found = compare(options, where)
-        write_atomic(out, encode_line(found))  # compact: thousands of samples
-    except SlimpiError as error:
-        print(f"classify_speed: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("classify_speed: interrupted, nothing was written. Run it again.", file=sys.stderr)
-        return 1
+    out = result_path(options, where, "classify_speed.json")
+    found = compare(options, where)
+    write_atomic(out, encode_line(found))  # compact: thousands of samples
     print_verdicts(found.verdicts)
     print(f"\nwritten to {out}")
     return 0 if all(verdict.ok for verdict in found.verdicts) else 1

@@ -15,7 +15,6 @@ import gzip
 import json
 import math
 import shutil
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,11 +23,11 @@ from pathlib import Path
 import bench_quality
 import msgspec
 import numpy as np
-from bench_common import at_least, check_machine, default_machine, now
+from bench_common import at_least, command, now, output_options, result_path
 from gguf import GGMLQuantizationType
 from quality_rows import Score, mean_interval
 
-from device.schema import File, Record, SlimpiError, encode, read_record, sha256_file, write_atomic
+from device.schema import File, Record, encode, read_record, sha256_file, write_atomic
 from pipeline import plan as plans
 from pipeline import plan_costs, plan_milp, quantize, sources
 from pipeline.calibration_stages import input_stats
@@ -251,8 +250,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--n-ctx", type=at_least(8), default=512, help="tokens in a chunk (default %(default)s)")
     add("--chunks", type=at_least(1), default=10, help="chunks to score (default %(default)s)")
     add("--threads", type=at_least(1), default=1, help="inference threads (default %(default)s)")
-    add("--machine", default=default_machine(), help="folder under the results (default %(default)s)")
-    add("--out", type=Path, help="file to write instead of benchmarks/results/<machine>/mxq.json")
+    output_options(parser, "mxq.json")
     return parser
 
 
@@ -287,19 +285,12 @@ def run(options: argparse.Namespace, where: Places, out: Path) -> Table:
     return table
 
 
+@command("mxq_table", "Run it again: it goes on from the last row measured.")
 def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     where = places()
-    try:
-        check_machine(options.machine)
-        out = options.out or where.results / options.machine / "mxq.json"
-        print("\n".join(lines_of(run(options, where, out))))
-    except SlimpiError as error:
-        print(f"mxq_table: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("mxq_table: interrupted. Run it again: it goes on from the last row measured.", file=sys.stderr)
-        return 1
+    out = result_path(options, where, "mxq.json")
+    print("\n".join(lines_of(run(options, where, out))))
     print(f"written to {out}")
     return 0
 

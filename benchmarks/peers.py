@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from pathlib import Path
 from statistics import median
 
 import llama_tools
-from bench_common import at_least, check_machine, cpu_model, default_machine, now
+from bench_common import at_least, command, cpu_model, now, output_options, result_path
 from llama_tools import Build, Wheel
 from peer_rows import MIN_PAIRS, Conditions, Peers, PerplexityRow, SpeedRow, Tool, Verdict, verdicts_of
 
@@ -270,26 +269,18 @@ def _parser() -> argparse.ArgumentParser:
     add("--threads", type=at_least(1), default=1, help="inference threads of both (default %(default)s)")
     add("--peers-dir", type=Path, default=Path(__file__).parent / "peers", help="where the tools are, or are built")
     add("--jobs", type=at_least(1), default=os.cpu_count() or 1, help="compiler processes (default %(default)s)")
-    add("--machine", default=default_machine(), help="folder under the results (default %(default)s)")
-    add("--out", type=Path, help="file to write instead of benchmarks/results/<machine>/peers.json")
+    output_options(parser, "peers.json")
     return parser
 
 
+@command("peers", "Nothing was written. Run it again.")
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 1 if something failed or a target is missed; the results are written either way."""
     options = _parser().parse_args(argv)
     where = places()
-    try:
-        check_machine(options.machine)
-        out = options.out or where.results / options.machine / "peers.json"
-        peers = compare(options, where)
-        write_atomic(out, encode(peers))
-    except SlimpiError as error:
-        print(f"peers: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("peers: interrupted, nothing was written. Run it again.", file=sys.stderr)
-        return 1
+    out = result_path(options, where, "peers.json")
+    peers = compare(options, where)
+    write_atomic(out, encode(peers))
     print_verdicts(peers.verdicts)
     print(f"\nwritten to {out}")
     return 0 if all(verdict.ok for verdict in peers.verdicts) else 1

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,10 +22,10 @@ from statistics import fmean
 
 import msgspec
 import torch
-from bench_common import at_least, check_machine, cpu_model, default_machine, now
+from bench_common import at_least, command, cpu_model, now, output_options, result_path
 from quality_rows import mean_interval
 
-from device.schema import Record, SlimpiError, encode, sha256_file, write_atomic
+from device.schema import Record, encode, sha256_file, write_atomic
 from pipeline import checkpoint, plan, plan_costs, plan_milp, predicted_costs, quantize, sensitivity, sources
 from pipeline.architectures import gguf_names
 from pipeline.build import build
@@ -293,24 +292,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--text", default="wikitext2-test", help="dataset to test on (default %(default)s)")
     add("--chunks", type=at_least(2), default=N_TEST, help="of it (default %(default)s)")
     add("--threads", type=at_least(1), default=os.cpu_count() or 1, help="of calibration (default %(default)s)")
-    add("--machine", default=default_machine(), help="folder under the results (default %(default)s)")
-    add("--out", type=Path, help="file to write instead of benchmarks/results/<machine>/plans.json")
+    output_options(parser, "plans.json")
     return parser
 
 
+@command("plan_table", "The rows that were measured are kept.")
 def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     where = places()
-    try:
-        check_machine(options.machine)
-        out = options.out or where.results / options.machine / "plans.json"
-        print("\n".join(lines_of(run(options, where, out))))
-    except SlimpiError as error:
-        print(f"plan_table: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("plan_table: interrupted. The rows that were measured are kept.", file=sys.stderr)
-        return 1
+    out = result_path(options, where, "plans.json")
+    print("\n".join(lines_of(run(options, where, out))))
     print(f"written to {out}")
     return 0
 

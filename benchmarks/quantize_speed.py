@@ -27,7 +27,7 @@ import llama_tools
 import msgspec
 import numpy as np
 import torch
-from bench_common import at_least, check_machine, cpu_model, default_machine, now
+from bench_common import at_least, command, cpu_model, now, output_options, result_path
 from quantize_peers.common import Request, load_model, second_half
 
 from device.llama import LlamaModel
@@ -312,25 +312,17 @@ def _parser() -> argparse.ArgumentParser:
     add("--threads", type=at_least(1), default=os.cpu_count() or 1, help="of every tool (default %(default)s)")
     add("--text", default="wikitext2-test", help="dataset to evaluate on (default %(default)s)")
     add("--peers-dir", type=Path, default=Path(__file__).parent / "peers", help="where the tools are, or are installed")
-    add("--machine", default=default_machine(), help="folder under the results (default %(default)s)")
-    add("--out", type=Path, help="file to write instead of benchmarks/results/<machine>/quantize_speed.json")
+    output_options(parser, "quantize_speed.json")
     return parser
 
 
+@command("quantize_speed", "Run it again: what was measured is kept.")
 def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     where = places()
     torch.set_num_threads(options.threads)
-    try:
-        check_machine(options.machine)
-        out = options.out or where.results / options.machine / "quantize_speed.json"
-        speeds = run(options, where, out) if options.rounds else read_record(out, Speeds)
-    except SlimpiError as error:
-        print(f"quantize_speed: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("quantize_speed: interrupted. Run it again: what was measured is kept.", file=sys.stderr)
-        return 1
+    out = result_path(options, where, "quantize_speed.json")
+    speeds = run(options, where, out) if options.rounds else read_record(out, Speeds)
     print("\n".join(lines_of(speeds)))
     return 0 if (found := verdicts(speeds)) and found[0][1] else 1
 

@@ -10,14 +10,13 @@ a stopped run goes on. Latencies are the host's: they say nothing of a Pi.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
 
 import msgspec
-from bench_common import at_least, check_machine, cpu_model, default_machine, now
+from bench_common import at_least, command, cpu_model, now, output_options, result_path
 
 from device.schema import Artifact, Job, Record, Report, SlimpiError, Tweets, encode, read_record, write_atomic
 from device.words import Text
@@ -106,32 +105,25 @@ def _parser() -> argparse.ArgumentParser:
     add("--folds", type=at_least(2), default=5, help="(default %(default)s)")
     add("--ungrouped", action="store_true", help="let near-duplicates straddle folds, as published figures do")
     add("--no-artifacts", action="store_true", help="cross-validate only")
-    add("--machine", default=default_machine(), help="folder under the results (default %(default)s)")
+    output_options(parser, "tweets.json")
     return parser
 
 
+@command("tweets", "Run it again to go on.")
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 1 if something failed; finished folds are kept."""
     options = _parser().parse_args(argv)
     where, progress = places(), Progressor()
-    try:
-        check_machine(options.machine)
-        recipes = find_recipes(options.only)
-        out = where.results / options.machine / "tweets.json"
-        tweets = tuple(read_tweets(find_table(options.rows, where.sources)))
-        setup = Setup(tweets, None, where.sources, out.with_suffix("") / "folds", options.folds, not options.ungrouped)
-        run = Run(setup, where, progress, out, options.rows, options.test)
-        for recipe in recipes:
-            for seed in range(options.seeds):
-                cross_validate(run, recipe, seed)
-            if not (options.no_artifacts or options.ungrouped):
-                keep(run, recipe, finish(run, recipe))
-    except SlimpiError as error:
-        print(f"tweets: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("tweets: interrupted. Run it again to go on.", file=sys.stderr)
-        return 1
+    recipes = find_recipes(options.only)
+    out = result_path(options, where, "tweets.json")
+    tweets = tuple(read_tweets(find_table(options.rows, where.sources)))
+    setup = Setup(tweets, None, where.sources, out.with_suffix("") / "folds", options.folds, not options.ungrouped)
+    run = Run(setup, where, progress, out, options.rows, options.test)
+    for recipe in recipes:
+        for seed in range(options.seeds):
+            cross_validate(run, recipe, seed)
+        if not (options.no_artifacts or options.ungrouped):
+            keep(run, recipe, finish(run, recipe))
     print(as_markdown(read_record(out, Study)))
     print(f"\nwritten to {out}")
     return 0

@@ -8,12 +8,10 @@ Writes benchmarks/results/<machine>/tweets_ablation.json after every row and goe
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
-from bench_common import at_least, check_machine, cpu_model, default_machine, now
+from bench_common import at_least, command, cpu_model, now, output_options, result_path
 
-from device.schema import SlimpiError
 from pipeline.progress import Progressor
 from pipeline.store import places
 from pipeline.tweets.ablation import ablate, as_markdown
@@ -25,26 +23,19 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--rows", default="tweets-train", help="labelled table, or a dataset's name (default %(default)s)")
     add("--seeds", type=at_least(1), default=3, help="how many ways to make the folds (default %(default)s)")
-    add("--machine", default=default_machine(), help="folder under the results (default %(default)s)")
+    output_options(parser, "tweets_ablation.json")
     return parser
 
 
+@command("tweets_ablation", "Run it again to go on.")
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 1 if something failed; finished rows are kept."""
     options = _parser().parse_args(argv)
     where, progress = places(), Progressor()
-    try:
-        check_machine(options.machine)
-        out = where.results / options.machine / "tweets_ablation.json"
-        table = find_table(options.rows, where.sources)
-        with progress.step("ablation") as tick:
-            result = ablate(table, out, range(options.seeds), cpu=cpu_model(), start_time=now(), tick=tick)
-    except SlimpiError as error:
-        print(f"tweets_ablation: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("tweets_ablation: interrupted. Run it again to go on.", file=sys.stderr)
-        return 1
+    out = result_path(options, where, "tweets_ablation.json")
+    table = find_table(options.rows, where.sources)
+    with progress.step("ablation") as tick:
+        result = ablate(table, out, range(options.seeds), cpu=cpu_model(), start_time=now(), tick=tick)
     print(as_markdown(result))
     print(f"\nwritten to {out}")
     return 0
