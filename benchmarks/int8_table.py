@@ -14,18 +14,18 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import int8_models
 import msgspec
 import numpy as np
-from bench_common import at_least, check_machine, cpu_model, default_machine, now
+from bench_common import at_least, command, cpu_model, now, output_options, result_path
 from int8_models import LABELS, MAX_TOKENS, Rows
 from tokenizers import Tokenizer
 
-from device.schema import Record, SlimpiError, encode, read_record, sha256_file, write_atomic
+from device.schema import Record, encode, read_record, sha256_file, write_atomic
 from pipeline import sources
 from pipeline.compare import Difference, accuracy_difference
 from pipeline.export.onnx import OnnxSummary, check_variant, export_encoder, make_variant
@@ -277,7 +277,7 @@ def passing(table: Table, task: str) -> list[str]:
     return found
 
 
-def _options(argv: list[str] | None) -> argparse.Namespace:
+def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--task", action="append", choices=TASKS, help="only this one (repeatable)")
     parser.add_argument("--variant", action="append", help="only this one (repeatable)")
@@ -285,35 +285,31 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--calibration", default="data:books/bookcorpus_passages.txt", help="dataset, a passage a line")
     parser.add_argument("--passages", type=at_least(1), default=N_PASSAGES)
     parser.add_argument("--calibration-tokens", type=at_least(3), default=64, help="of a passage, at most")
-    parser.add_argument("--machine", default=default_machine())
+    output_options(parser, "int8.json")
     parser.add_argument("--again", action="store_true", help="measure anew")
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> int:
+@command("int8_table", "Run it again: it goes on where it was stopped.")
+def main(argv: Sequence[str] | None = None) -> int:
     options = _options(argv)
     options.variant = options.variant or list(VARIANTS)
-    try:
-        check_machine(options.machine)
-        for variant in options.variant:
-            check_variant(variant)
-        out = places().results / options.machine / "int8.json"
-        fresh = Table(
-            machine=options.machine,
-            cpu=cpu_model(),
-            time=now(),
-            calibration=options.calibration,
-            n_passages=options.passages,
-            max_tokens=options.calibration_tokens,
-            training=int8_models.HOW,
-            rows=read_record(out, Table).rows if out.is_file() else [],
-        )
-        bench = Bench(out, fresh, options, Progressor())
-        for name in options.task or TASKS:
-            bench.task(name)
-    except SlimpiError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    out = result_path(options, places(), "int8.json")
+    for variant in options.variant:
+        check_variant(variant)
+    fresh = Table(
+        machine=options.machine,
+        cpu=cpu_model(),
+        time=now(),
+        calibration=options.calibration,
+        n_passages=options.passages,
+        max_tokens=options.calibration_tokens,
+        training=int8_models.HOW,
+        rows=read_record(out, Table).rows if out.is_file() else [],
+    )
+    bench = Bench(out, fresh, options, Progressor())
+    for name in options.task or TASKS:
+        bench.task(name)
     print("\n".join(show(bench.table)))
     for name in TASKS:
         names = ", ".join(passing(bench.table, name)) or "none"

@@ -11,16 +11,17 @@ import argparse
 import csv
 import gzip
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import int8_models
 import int8_table
 import numpy as np
 import onnx
-from bench_common import at_least, check_machine, cpu_model, default_machine, now
+from bench_common import at_least, command, cpu_model, now, output_options, result_path
 from int8_models import LABELS, MAX_TOKENS, Rows
 
-from device.schema import Record, SlimpiError, encode, write_atomic
+from device.schema import Record, encode, write_atomic
 from pipeline import sources
 from pipeline.export.onnx import export_encoder
 from pipeline.export.onnx_bits import FULL, Validation, matrices, mean_bits, search, with_bits
@@ -131,22 +132,18 @@ def run(options: argparse.Namespace, progress: Progressor) -> Result:
     )
 
 
-def main(argv: list[str] | None = None) -> int:
+@command("mixed_bits", "Nothing was written. Run it again.")
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rows", type=at_least(10), default=400, help="to measure candidates on")
     parser.add_argument("--population", type=at_least(8), default=20)
     parser.add_argument("--generations", type=at_least(1), default=15)
     parser.add_argument("--loss", type=float, default=1.0, help="points of accuracy below fp32 that go unpunished")
     parser.add_argument("--seed", type=at_least(0), default=0)
-    parser.add_argument("--machine", default=default_machine())
+    output_options(parser, "mixed_bits.json")
     options = parser.parse_args(argv)
-    try:
-        check_machine(options.machine)
-        result = run(options, Progressor())
-    except SlimpiError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    out = places().results / options.machine / "mixed_bits.json"
+    out = result_path(options, places(), "mixed_bits.json")
+    result = run(options, Progressor())
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(out, encode(result))
     print("| bits | mean | accuracy | theoretical MiB | stored MiB |\n|---|---|---|---|---|")
