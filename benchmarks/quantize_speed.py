@@ -80,6 +80,10 @@ CONTENDERS = (
         for method in ("rtn", "hqq", "search", "gptq")
         for kind in ("Q4_0", "IQ4_NL")
     ),
+    # Means are known well from few tokens.
+    Contender("slimpi SEARCH-IQ4_NL, 2 chunks", "slimpi", "slimpi_peer", True,
+              {"method": "search", "format": "IQ4_NL", "n_chunks": 2}),
+    Contender("llama-quantize IQ4_NL, 2 chunks", "llama.cpp", "llama_peer", True, {"type": "IQ4_NL", "n_chunks": 2}),
 )  # fmt: skip
 
 
@@ -148,7 +152,7 @@ class Bench:
             reference=str(self.folder / "reference.npy"),
             threads=self.threads,
             evaluate=evaluate,
-            settings=contender.settings | (own if contender.tool in ("slimpi", "llama.cpp") else {}),
+            settings=(own if contender.tool in ("slimpi", "llama.cpp") else {}) | contender.settings,
         )
 
 

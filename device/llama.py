@@ -32,8 +32,8 @@ _complaints: deque[str] = deque(maxlen=3)
 
 def _binding() -> Any:
     """llama_cpp.llama_cpp without the package around it, which imports numpy and much more for its own models."""
-    spec = importlib.util.find_spec("llama_cpp")
-    if spec is None or "llama_cpp" in sys.modules:
+    spec = None if "llama_cpp" in sys.modules else importlib.util.find_spec("llama_cpp")
+    if spec is None:  # imported as a whole already, or not installed, which the import says
         return importlib.import_module("llama_cpp.llama_cpp")
     package = ModuleType("llama_cpp")
     package.__path__ = list(spec.submodule_search_locations or [])
