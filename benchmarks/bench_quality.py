@@ -148,7 +148,9 @@ def _peer_key(bench: Bench, variant: str) -> str:
 
 
 def _fits(score: Score, recording: Recording) -> bool:
-    return score.reference_sha256 == recording.dataset.file.sha256 and score.n_chunks == recording.n_chunks
+    """Whether it was measured against what the recording holds; see `quality_rows.check_alike`."""
+    here = (recording.text.file.sha256, recording.n_ctx, recording.nll)
+    return (score.corpus_sha256, score.n_ctx, score.reference_nll_chunks) == here
 
 
 def _missing(bench: Bench, scores: Sequence[Score]) -> list[Recording]:

@@ -342,9 +342,13 @@ def _unjudged(model: str, corpus: str, target: float, ours: Sequence[QualityRow]
 
 
 def check_alike(scores: Sequence[Score]) -> None:
-    """SlimpiError unless all were measured against the same recording, over the same chunks."""
+    """SlimpiError unless all were measured against the same reference, over the same chunks.
+
+    The same reference has the same likelihood of each chunk, to the last bit; the recording's hash covers who recorded
+    it too, and so changes with every version of slimpi.
+    """
     for score in scores[1:]:
-        for name in ("corpus_sha256", "reference_sha256", "n_ctx", "n_chunks"):
+        for name in ("corpus_sha256", "n_ctx", "n_chunks", "reference_nll_chunks"):
             first, other = getattr(scores[0], name), getattr(score, name)
             if first != other:
                 raise SlimpiError(

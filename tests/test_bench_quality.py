@@ -30,6 +30,7 @@ from quality_rows import (  # noqa: E402
     Quality,
     QualityRow,
     Score,
+    check_alike,
     interpolate,
     log_kld,
     lower_hull,
@@ -67,6 +68,13 @@ def score(kld: list[float], corpus: str = "wiki", **changes: object) -> Score:
         provenance="host",
     )
     return msgspec.structs.replace(plain, **changes)
+
+
+def test_the_same_reference_is_known_by_its_likelihoods_whoever_recorded_it() -> None:
+    check_alike([score([0.1, 0.2]), score([0.3, 0.4], reference_sha256="1" * 64)])
+    for changes in ({"reference_nll_chunks": [3.0, 3.0 + 1e-12]}, {"corpus_sha256": "1" * 64}, {"n_ctx": 256}):
+        with pytest.raises(SlimpiError, match=f"not comparable: {next(iter(changes))}"):
+            check_alike([score([0.1, 0.2]), score([0.3, 0.4], **changes)])
 
 
 def row(
