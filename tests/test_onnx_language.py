@@ -18,6 +18,7 @@ from device.schema import Artifact, Job, SlimpiError
 from pipeline import checkpoint, hessians, quantize
 from pipeline.architectures import gguf_names, norm_offset, row_order
 from pipeline.build import build
+from pipeline.calibration_stages import stats_of_importance
 from pipeline.deploy import run_job
 from pipeline.export import onnx_language as export
 from pipeline.export.onnx import MAX_PROTOBUF_BYTES
@@ -130,9 +131,12 @@ def twin(home: Path, arch: str, method: str, kind: str) -> Logits:
     config, n_layers = source.config, source.config["num_hidden_layers"]
     names = {of: name for name, of in gguf_names(source.architecture, list(source.tensors), n_layers).items()}
     stats = {}
-    if METHODS[method].needs != "nothing":
+    if METHODS[method].needs == "hessian":
         (folder,) = Places(home).stages.glob(f"tiny-{arch}-onnx-lm-stats-*")
         stats = hessians.load_stats(folder)
+    elif METHODS[method].needs == "means":
+        (folder,) = Places(home).stages.glob(f"tiny-{arch}-onnx-lm-importance-*")
+        stats = stats_of_importance(folder / "importance.npz")
     formats = {n: FORMATS[kind] for n in names if n.startswith("blk.") and parameters[names[n]].ndim == 2}
     codes, vectors, _ = quantize.quantize_in_memory(source, method, formats, stats, lambda *told: None)
     for name, q in codes.items():
