@@ -31,7 +31,7 @@ from bench_common import at_least, command, cpu_model, now, output_options, resu
 from quantize_peers.common import Request, load_model, second_half
 
 from device.llama import LlamaModel
-from device.schema import Record, SlimpiError, encode, read_record, write_atomic
+from device.schema import Record, SlimpiError, encode, read_record, sha256_file, write_atomic
 from pipeline import sources
 from pipeline.build import build
 from pipeline.progress import Progressor
@@ -163,7 +163,7 @@ def prepare(options: argparse.Namespace, where: Places, progress: Progressor) ->
     base = folder / load_artifact(folder).entry
     texts = {name: sources.dataset(spec, where.sources)
              for name, spec in (("calibration", recipe.calibration.text), ("test", options.text))}  # fmt: skip
-    key = digest([load_artifact(folder).id, *(path.read_bytes().hex()[:4096] for path in texts.values())])
+    key = digest([load_artifact(folder).id, *(sha256_file(path) for path in texts.values())])
     kept = where.stages / f"quantize-speed-{key[:16]}"
     if not kept.exists():
         with whole_folder(kept) as scratch, progress.step("model, tokens and reference for the peers"):
@@ -194,8 +194,8 @@ def environment(tool: Tool, folder: Path, progress: Progressor) -> Path:
     home = folder / f"{tool}-{digest(packages)[:8]}"
     if not (home / "installed").exists():
         with progress.step(f"install {' '.join(packages)}"):
-            subprocess.run([sys.executable, "-m", "venv", str(home)], check=True)
-            subprocess.run([str(home / "bin/python"), "-m", "pip", "install", "--quiet", *packages], check=True)
+            llama_tools.run_tool([sys.executable, "-m", "venv", str(home)])
+            llama_tools.run_tool([str(home / "bin/python"), "-m", "pip", "install", "--quiet", *packages])
             (home / "installed").touch()
     return home / "bin/python"
 

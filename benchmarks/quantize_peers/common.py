@@ -6,6 +6,7 @@ process; then, untimed, it evaluates the model that came out.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import resource
@@ -66,6 +67,12 @@ def load_model(path: str, **options: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options).eval()
+
+
+def of_gguf(gguf: Path) -> Callable[..., Any]:
+    """The file's weights as a model that is read when it is first asked, after the clock has stopped."""
+    read = functools.cache(lambda: load_model(str(gguf.parent), gguf_file=gguf.name))
+    return lambda **inputs: read()(**inputs)
 
 
 def second_half(model: Any, chunk: np.ndarray) -> torch.Tensor:

@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from quantize_peers.common import Request, load_model, main
+from quantize_peers.common import Request, main, of_gguf
 
 
 def quantize(request: Request) -> Any:
@@ -19,14 +19,7 @@ def quantize(request: Request) -> Any:
     kept = ["--token-embedding-type", "f16", "--output-tensor-type", "f16"]  # as the others: linear layers alone
     files = [settings["gguf"], str(out), settings["type"], threads]
     run([str(tools / "llama-quantize"), "--imatrix", str(imatrix), *kept, *files])
-    loaded: list[Any] = []
-
-    def model(**inputs: Any) -> Any:
-        if not loaded:
-            loaded.append(load_model(str(out.parent), gguf_file=out.name))
-        return loaded[0](**inputs)
-
-    return model
+    return of_gguf(out)
 
 
 def run(argv: list[str]) -> None:

@@ -13,7 +13,7 @@ from pipeline.formats import FORMATS
 from pipeline.layers import Stats
 from pipeline.methods import METHODS
 from pipeline.packing import pack
-from quantize_peers.common import Request, load_model, main
+from quantize_peers.common import Request, main, of_gguf
 
 
 def quantize_file(request: Request) -> Any:
@@ -29,7 +29,7 @@ def quantize_file(request: Request) -> Any:
     assert kind.ggml_type is not None
     packed = {name: EncodedTensor(kind.ggml_type, lambda q=q: pack(q)) for name, q in codes.items()}  # type: ignore[misc]
     export_gguf(model, out, "auto", lambda name, tensor: packed.get(name))
-    return lambda **inputs: load_once(request.model, out)(**inputs)
+    return of_gguf(out)
 
 
 def calibrated(request: Request, base: Path) -> dict[str, Stats]:
@@ -42,16 +42,6 @@ def calibrated(request: Request, base: Path) -> dict[str, Stats]:
     if needs == "means":
         return stats_of_importance(collect_importance(base, text, folder / "importance.npz", *sizes))
     return {}
-
-
-_loaded: dict[Path, Any] = {}
-
-
-def load_once(folder: str, gguf: Path) -> Any:
-    """The file's weights as a torch model; read after the clock has stopped."""
-    if gguf not in _loaded:
-        _loaded[gguf] = load_model(str(gguf.parent), gguf_file=gguf.name)
-    return _loaded[gguf]
 
 
 if __name__ == "__main__":
