@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -74,11 +75,18 @@ _AROUND = {"single": "<s> $A </s>", "special_tokens": [("<s>", 0), ("</s>", 2)]}
 
 
 def _word_pieces() -> Tokenizer:
-    tokenizer = Tokenizer(models.WordPiece(unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.BertNormalizer()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(vocab_size=N_VOCAB, special_tokens=_SPECIAL, show_progress=False)
-    return _trained(tokenizer, trainer)
+    """Every character, then the commonest words: the library's trainer breaks ties differently in every process."""
+    splitter = pre_tokenizers.BertPreTokenizer()
+    normalizer = normalizers.BertNormalizer()
+    text = normalizer.normalize_str(PROSE.read_text(encoding="utf-8"))
+    counts = Counter(word for word, _ in splitter.pre_tokenize_str(text))
+    characters = sorted(set("".join(counts)))
+    words = sorted((word for word in counts if len(word) > 1), key=lambda word: (-counts[word], word))
+    pieces = [*_SPECIAL, *characters, *(f"##{character}" for character in characters), *words][:N_VOCAB]
+    tokenizer = Tokenizer(models.WordPiece({piece: number for number, piece in enumerate(pieces)}, unk_token="<unk>"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
+    tokenizer.post_processor = processors.TemplateProcessing(**_AROUND)
+    return tokenizer
 
 
 def _byte_bpe() -> Tokenizer:
@@ -89,10 +97,6 @@ def _byte_bpe() -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=N_VOCAB, special_tokens=_SPECIAL, initial_alphabet=alphabet, show_progress=False
     )
-    return _trained(tokenizer, trainer)
-
-
-def _trained(tokenizer: Tokenizer, trainer: trainers.Trainer) -> Tokenizer:
     tokenizer.train([str(PROSE)], trainer)
     tokenizer.post_processor = processors.TemplateProcessing(**_AROUND)
     return tokenizer
