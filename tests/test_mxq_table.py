@@ -71,6 +71,7 @@ def bench(home: Path, *labels: str) -> int:
     return mxq_table.main([str(home / "tiny.toml"), *rows, *text, "--out", str(home / "mxq.json")])
 
 
+@pytest.mark.slow
 def test_a_whole_run_goes_on_from_the_rows_it_has(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     labels = ("HQQ b4g32", "HQQ b3g32", "MXQ 3.50", "MXQ, output error + GPTQ 3.50")
     assert bench(home, *labels) == 0

@@ -35,6 +35,7 @@ from pipeline.torch_model import in_transformers
 
 TOKENS = np.random.default_rng(0).integers(3, 512, 150, dtype=np.int32)
 KINDS = ("INT4_G32", "INT4_G16_ZP", "INT8_G32_ZP")
+QUICK = {"rtn", "search", "hqq", "gptq"}
 
 
 def logits_of(folder: Path, tokens: Tokens = TOKENS, first: int = 0) -> Logits:
@@ -161,12 +162,12 @@ def twin(home: Path, arch: str, method: str, kind: str) -> Logits:
     ("arch", "method", "kind"),
     [
         *(
-            # A method of two is slow here, and where its codes go is the same.
-            pytest.param("llama", method, KINDS[i % len(KINDS)], marks=[pytest.mark.slow] * ("+" in method))
+            # Some methods are slow here, and where their codes go is the same.
+            pytest.param("llama", method, KINDS[i % len(KINDS)], marks=[pytest.mark.slow] * (method not in QUICK))
             for i, method in enumerate(METHODS)
         ),
-        *(("qwen2-yarn", "gptq", kind) for kind in KINDS),
-        ("gemma3", "awq", "INT4_G16_ZP"),
+        *(("qwen2-yarn", "rtn", kind) for kind in KINDS),
+        pytest.param("gemma3", "awq", "INT4_G16_ZP", marks=pytest.mark.slow),
         ("gemma2", "rtn", "INT8_G16"),
     ],
 )

@@ -51,7 +51,9 @@ def recipe(tmp_path: Path, name: str, variants: list[str], **train: Any) -> Reci
     )
 
 
-@pytest.mark.parametrize("name", ["tfidf", "multi-input", "ensemble"])
+@pytest.mark.parametrize(
+    "name", ["tfidf", *(pytest.param(name, marks=pytest.mark.slow) for name in ("multi-input", "ensemble"))]
+)
 def test_a_trained_recipe_builds_runs_and_answers(name: str, tmp_path: Path) -> None:
     places = Places(tmp_path / "home")
     variants = ["FP32"] if name == "tfidf" else ["FP32", "INT8-dynamic"]
