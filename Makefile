@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SLIMPI := $(BIN)/slimpi
-# The compiled part of the installation: llama.cpp without its image support.
-export CMAKE_ARGS ?= -DLLAVA_BUILD=OFF
+# The compiled part of the installation: llama.cpp without its image support, and without AMX. GCC 12 compiles the loading
+# of AMX's tile configuration wrongly (it drops stores to all but its first 8 bytes), so that llama.cpp dies of SIGSEGV.
+export CMAKE_ARGS ?= -DLLAVA_BUILD=OFF -DCMAKE_C_FLAGS=-U__AMX_INT8__ -DCMAKE_CXX_FLAGS=-U__AMX_INT8__
 export TOKENIZERS_PARALLELISM := false
 
 DEMO_RECIPES := models/smollm2-135m.toml models/minilm-l6-tweets.toml
