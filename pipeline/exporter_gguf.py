@@ -1,4 +1,4 @@
-"""GGUF: llama-quantize's own types, and METHODS in the types of a plan."""
+"""GGUF: llama-quantize's own types, and METHODS in the types of a plan; of the whole model, or of a pruned one."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from pipeline.exporter import Context, Exporter, Made, Prepared
 from pipeline.formats import bits_per_weight
 from pipeline.methods import METHODS, llama_codes
 from pipeline.planning import budget_of, chosen_plan
+from pipeline.pruning import pruned_base, told
 from pipeline.recipes import artifact_name
 from pipeline.store import stage
 from pipeline.variants import TYPES, VariantSpec, parse_variant
@@ -56,8 +57,17 @@ def lossless(context: Context) -> tuple[Path, checkpoint.Checkpoint]:
 def _make_gguf(context: Context, prepared: Prepared, variant: str, folder: Path) -> Made:
     out = folder / f"{artifact_name(context.recipe, variant)}.gguf"
     spec = parse_variant(variant)
-    if spec.method:
-        return _quantize_by_method(context, prepared, spec, out)
+    steps = list[Step]()
+    if spec.prune:
+        context, prepared, steps = pruned_base(context, prepared, spec.prune)
+    made = _quantize_by_method(context, prepared, spec, out) if spec.method else _by_llama(context, prepared, spec, out)
+    pruned = [f"pruned: {told(step.settings)}" for step in steps]
+    return replace(made, lineage=[*steps, *made.lineage], notes=[*pruned, *made.notes])
+
+
+def _by_llama(context: Context, prepared: Prepared, spec: VariantSpec, out: Path) -> Made:
+    """llama-quantize's own types and codes."""
+    variant = spec.name
     importance, lineage = None, list[Step]()
     if variant in WITH_IMPORTANCE:
         importance, step = importance_matrix(context, prepared.base)

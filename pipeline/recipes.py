@@ -45,6 +45,14 @@ class PlanTable(_Config, frozen=True, kw_only=True):
             raise ValueError("[plan] profile and tokens_per_s go together: name both or neither")
 
 
+class Prune(_Config, frozen=True, kw_only=True):
+    """What a pruned variant (LAYERS-25-Q4_K_M) is chosen by: chunks of the calibration text by which cuts are measured,
+    and chunks by which moments are taken and repairs fit."""
+
+    measured: Positive = 8
+    fitted: Positive = 64
+
+
 class Head(_Config, frozen=True, kw_only=True):
     """Train a classification head on labelled rows before export."""
 
@@ -112,6 +120,7 @@ class Recipe(_Config, frozen=True, kw_only=True):
     max_tokens: Count = 128
     calibration: Calibration = Calibration()
     plan: PlanTable = PlanTable()
+    prune: Prune = Prune()
     head: Head | None = None
     train: Train | None = None
     golden: Golden = Golden()

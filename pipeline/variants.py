@@ -4,18 +4,22 @@ PLAN is a ggml type, which every matrix of the decoder blocks gets; or the name 
 types tensor by tensor it takes over (where a name is both, the type is meant, and `-mix` after it asks for the mix); or
 a budget, 3.1bpw over the linear layers, 700MiB for the file, or 700MiB-ctx4096 for the memory that decoding with such a
 context takes, under which the types are chosen that lose least.
+
+Before either may stand PRUNER-PERCENT- or PRUNER+REPAIR-PERCENT- (WIDTHS+REPAIR-25-Q4_K_M): the model is pruned first,
+by a share of the decoder blocks' weights.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from device.schema import SlimpiError
 from pipeline.export.llama_quantize import VARIANTS
 from pipeline.formats import FORMATS
 from pipeline.methods import METHODS
+from pipeline.prune import PRUNERS, PruneSpec, parse_prune
 
 TYPES = tuple(name for name, kind in FORMATS.items() if kind.ggml_type and kind.codes)
 """Types whose codes methods choose."""
@@ -29,7 +33,8 @@ _BUDGET = re.compile(r"(?P<number>\d+(?:\.\d+)?)(?:(?P<bits>bpw)|MiB(?:-ctx(?P<n
 
 @dataclass(frozen=True)
 class VariantSpec:
-    """A variant's name, taken apart. method: a key of METHODS, "" = llama-quantize chooses codes and types.
+    """A variant's name, taken apart. method: a key of METHODS, "" = llama-quantize chooses codes and types. prune: what
+    comes before quantizing; `name` is without it.
 
     Exactly one of uniform (a type), mix (one of llama-quantize's names), bits (per linear weight) and mib is set; mib
     is the file's size, or with n_ctx the memory with a context of so many tokens.
@@ -42,6 +47,7 @@ class VariantSpec:
     bits: float = 0.0
     mib: float = 0.0
     n_ctx: int = 0
+    prune: PruneSpec | None = None
 
 
 def parse_variant(name: str) -> VariantSpec:
@@ -49,11 +55,21 @@ def parse_variant(name: str) -> VariantSpec:
     if name in VARIANTS:
         return VariantSpec(name, method="", mix=name)
     method, dash, plan = name.partition("-")
+    if method == method.upper() and method.partition("+")[0].lower() in PRUNERS:
+        percent, _, rest = plan.partition("-")
+        pruning = parse_prune(method, percent)
+        if not rest:
+            raise SlimpiError(f"{name!r} says how to prune, not in which type. Name one after it: {name}-Q4_K_M.")
+        inner = parse_variant(rest)
+        if inner.prune:
+            raise SlimpiError(f"{name!r} prunes twice. Prune once, by more.")
+        return replace(inner, prune=pruning)
     if not dash:
         raise SlimpiError(f"unknown GGUF variant {name!r}. Known: {_known(VARIANTS)}; or METHOD-PLAN: {_help()}")
     if method != method.upper() or method.lower() not in METHODS:
         raise SlimpiError(
-            f"unknown method {method!r} in the variant {name!r}. Known: {_known(map(str.upper, METHODS))}."
+            f"unknown method {method!r} in the variant {name!r}. Known: {_known(map(str.upper, METHODS))}; "
+            f"pruners, before them: {_known(map(str.upper, PRUNERS))}."
         )
     if plan in TYPES:
         return VariantSpec(name, method.lower(), uniform=plan)

@@ -1,0 +1,204 @@
+"""What a comparison of pruned files leaves behind, and what is concluded from it. Pure; nothing runs here.
+
+History of prune.json's schema: 1 (2026-11) first version.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from collections.abc import Sequence
+from statistics import median
+from typing import Literal
+
+import llama_tools
+from bench_common import cpu_model, now
+from quality_rows import Conditions, Score, mean_interval
+
+from device.schema import Record
+
+MIN_GAIN = 0.9
+SIZE_SLACK = 0.001
+"""Files are of one size if they differ by no more than this: per-layer keys take some bytes."""
+
+Maker = Literal["llama-quantize", "slimpi"]
+_PERCENT = re.compile(r"-(\d+(?:\.\d+)?)-")
+
+
+class SpeedPair(Record, frozen=True, kw_only=True):
+    """Decoded tokens a second of the whole model and of the pruned one, runs next to each other, median of each."""
+
+    whole_tps: float
+    pruned_tps: float
+
+
+class PruneRow(Record, frozen=True, kw_only=True):
+    """One file. n_linear_weights: in the matrices of the decoder blocks."""
+
+    model: str
+    variant: str
+    maker: Maker
+    file_sha256: str
+    size_bytes: int
+    n_weights: int
+    n_linear_weights: int
+    score: Score
+    notes: list[str]
+    speed: list[SpeedPair]
+
+    @property
+    def percent(self) -> float | None:
+        """What was asked to be removed; None for the whole model."""
+        found = _PERCENT.search(self.variant)
+        return float(found[1]) if found else None
+
+    @property
+    def repaired(self) -> bool:
+        return "+REPAIR" in self.variant
+
+
+class Verdict(Record, frozen=True, kw_only=True):
+    """quality: our best repaired file of at most the peer's bytes against the peer's best, by perplexity; ratio is ours
+    over theirs. speed: the gain of decoding over the share of weights removed. Recomputable from the rows."""
+
+    model: str
+    what: Literal["quality", "speed"]
+    percent: float
+    variant: str
+    peer: str
+    ours: float
+    theirs: float
+    ratio: float
+    low: float | None = None
+    high: float | None = None
+    target: str
+    ok: bool
+
+
+class Pruning(Record, frozen=True, kw_only=True):
+    """prune.json."""
+
+    schema: Literal[1] = 1
+    conditions: Conditions
+    rows: list[PruneRow]
+    verdicts: list[Verdict]
+
+
+def conditions(machine: str) -> Conditions:
+    wheel = llama_tools.probe_wheel()
+    return Conditions(
+        machine=machine,
+        cpu=cpu_model(),
+        cores=os.cpu_count() or 1,
+        kernel=platform.release(),
+        python=platform.python_version(),
+        llama_cpp_python=wheel.version,
+        wheel_commit=wheel.commit,
+        start_time=now(),
+    )
+
+
+def merged(rows: Sequence[PruneRow], row: PruneRow) -> list[PruneRow]:
+    """The rows with `row` in the place of the one it replaces, or at the end."""
+    same = (row.model, row.variant)
+    if same in [(r.model, r.variant) for r in rows]:
+        return [row if (r.model, r.variant) == same else r for r in rows]
+    return [*rows, row]
+
+
+def verdicts_of(rows: Sequence[PruneRow]) -> list[Verdict]:
+    found = []
+    for model in dict.fromkeys(row.model for row in rows):
+        mine = [row for row in rows if row.model == model]
+        for percent in sorted({row.percent for row in mine if row.percent is not None}):
+            found += _quality(mine, percent)
+        whole = next((row for row in mine if row.percent is None), None)
+        found += [_speed(row, whole) for row in mine if row.speed and whole is not None]
+    return found
+
+
+def _quality(rows: Sequence[PruneRow], percent: float) -> list[Verdict]:
+    """None for a share that the peer was not asked for."""
+    peers = [row for row in rows if row.percent == percent and row.maker == "llama-quantize"]
+    if not peers:
+        return []
+    peer = min(peers, key=lambda row: row.score.perplexity)
+    most = peer.size_bytes * (1 + SIZE_SLACK)
+    ours = [row for row in rows if row.percent == percent and row.repaired and row.size_bytes <= most]
+    if not ours:
+        return []
+    best = min(ours, key=lambda row: row.score.perplexity)
+    differences = [a - b for a, b in zip(best.score.nll_chunks, peer.score.nll_chunks, strict=True)]
+    interval = mean_interval(differences)
+    return [
+        Verdict(
+            model=best.model,
+            what="quality",
+            percent=percent,
+            variant=best.variant,
+            peer=peer.variant,
+            ours=best.score.perplexity,
+            theirs=peer.score.perplexity,
+            ratio=best.score.perplexity / peer.score.perplexity,
+            low=interval[0] if interval else None,
+            high=interval[1] if interval else None,
+            target="< 1 (low, high: difference of ln PPL, 95 % over chunks)",
+            ok=best.score.perplexity < peer.score.perplexity,
+        )
+    ]
+
+
+def _speed(row: PruneRow, whole: PruneRow) -> Verdict:
+    gains = [pair.pruned_tps / pair.whole_tps - 1 for pair in row.speed]
+    share = 1 - row.n_weights / whole.n_weights
+    gain = median(gains)
+    return Verdict(
+        model=row.model,
+        what="speed",
+        percent=row.percent or 0.0,
+        variant=row.variant,
+        peer="the whole model",
+        ours=gain,
+        theirs=share,
+        ratio=gain / share,
+        low=min(gains) / share,
+        high=max(gains) / share,
+        target=f">= {MIN_GAIN} (low, high: lowest and highest pair)",
+        ok=gain / share >= MIN_GAIN,
+    )
+
+
+def line(row: PruneRow) -> str:
+    score = row.score
+    low, high = mean_interval(score.kld_chunks) or (score.kld, score.kld)
+    speed = ""
+    if row.speed:
+        gain = median(pair.pruned_tps / pair.whole_tps for pair in row.speed)
+        speed = f"{median(p.pruned_tps for p in row.speed):7.1f} t/s x{gain:.3f}"
+    return (
+        f"{row.model:20} {row.variant:32} {row.size_bytes / 2**20:8.1f} {row.n_linear_weights / 1e6:8.1f} "
+        f"{score.perplexity:10.3f} {score.kld:8.4f} [{low:.4f}, {high:.4f}] {100 * score.same_top:6.2f} {speed}"
+    )
+
+
+def table(rows: Sequence[PruneRow]) -> list[str]:
+    """One line a file, by model and by what is left, best first."""
+    head = (
+        f"{'model':20} {'variant':32} {'MiB':>8} {'M linear':>8} {'perplexity':>10} {'KLD [95 % over chunks]':>25} "
+        f"{'top-1 %':>7} decode"
+    )
+    order = list(dict.fromkeys(row.model for row in rows))
+
+    def key(row: PruneRow) -> tuple[int, float, float]:
+        return order.index(row.model), row.percent or 0.0, row.score.perplexity
+
+    return [head, *(line(row) for row in sorted(rows, key=key))]
+
+
+def verdict_line(v: Verdict) -> str:
+    interval = "" if v.low is None or v.high is None else f" [{v.low:.3f}, {v.high:.3f}]"
+    return (
+        f"{v.model} {v.percent:g} % {v.what}: {v.variant} {v.ours:.3f} against {v.theirs:.3f} ({v.peer}), "
+        f"{v.ratio:.3f}{interval}, target {v.target}: {'ok' if v.ok else 'MISSED'}"
+    )

@@ -1,0 +1,232 @@
+"""Pruning at equal bytes: our pruners, with and without repair, against llama-quantize --prune-layers.
+
+`python benchmarks/prune_table.py` prunes each model by 10, 20 and 30 % of its decoder blocks' weights in every way of
+PRUNERS and by llama-quantize (which drops the layers it is told: those of least block influence, and the best run of
+neighbours by measured divergence, so that it has both of the usual choices), measures each file's perplexity and
+divergence on WikiText-2 test with the agent's own task, then the decode speed of some against the whole model, and
+writes benchmarks/results/<machine>/prune.json and a table. Exit code 1 if at some share no repaired file of ours of at
+most llama-quantize's bytes has a lower perplexity, or decoding gains less than 0.9 of the share of weights removed.
+
+It may be stopped at any time: what was measured is not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import bench_quality
+import llama_tools
+import msgspec
+import peers
+import prune_rows
+from bench_common import at_least, command, output_options, result_path
+from prune_rows import PruneRow, Pruning, SpeedPair
+
+from device.schema import Provenance, SlimpiError, Throughput, describe_file, encode, read_record, write_atomic
+from pipeline import checkpoint, quantize, sensitivity, sources
+from pipeline.build import build
+from pipeline.progress import Progressor
+from pipeline.prune import Subject, depth
+from pipeline.store import Places, digest, load_artifact, places, whole_folder, write_manifest
+from pipeline.variants import parse_variant
+
+HOST: Provenance = "host"
+RECIPES = ("smollm2-135m-prune",)
+PERCENTS = (10, 20, 30)
+CHOICES = {"influence": depth.influence, "run": depth.contiguous}
+"""Whose layers llama-quantize is told to drop."""
+
+PRUNERS = ("layers", "blocks", "width", "widths")
+OTHERS = ("layers_influence", "layers_run", "width_wanda", "width_flap", "width_taylor", "widths_flap", "hidden")
+REPAIRED = ("", "+repair")
+
+
+def candidates(options: argparse.Namespace) -> list[str]:
+    """Variants in the order they are measured: those of the bar first."""
+    if options.ours:
+        return list(options.ours)
+    found = []
+    for pruners in (PRUNERS, OTHERS):
+        for percent in options.percent or PERCENTS:
+            found += [f"{pruner}{repair}-{percent}".upper() for pruner in pruners for repair in REPAIRED]
+    return [f"{name}-{options.type}" for name in found]
+
+
+def peer_files(bench: bench_quality.Bench, percent: int, options: argparse.Namespace) -> dict[str, Path]:
+    """{variant: artifact folder} of llama-quantize's pruned files; SlimpiError if its tool fails."""
+    reference = build(bench.recipe, bench.where, bench.progress, options.threads, [bench.recipe.reference])[0]
+    artifact = load_artifact(reference)
+    tools = llama_tools.find_or_build(options.peers_dir, os.cpu_count() or 1)
+    found, subject = {}, None
+    for choice, choose in CHOICES.items():
+        name = f"prune-layers-{choice}-{percent}-{options.type}"
+        folder = bench.where.stages / f"{bench.recipe.name}-{name}-{digest([artifact.files, bench.recipe.prune])[:12]}"
+        if not (folder / "manifest.json").is_file():
+            subject = subject or _subject(bench, reference / artifact.entry)
+            cut = choose(subject.judge, percent / 100)
+            gone = [str(index) for index, layer in enumerate(cut.layers) if layer.gone]
+            with whole_folder(folder) as scratch:
+                argv = [str(tools / "llama-quantize"), "--prune-layers", ",".join(gone)]
+                llama_tools.run_tool(
+                    [*argv, str(reference / artifact.entry), str(scratch / "pruned.gguf"), options.type]
+                )
+                file = describe_file(scratch, "pruned.gguf")
+                changed = {"id": folder.name.lower(), "name": folder.name.lower(), "variant": name, "entry": file.path}
+                described = msgspec.structs.replace(
+                    artifact, **changed, files=[file], reference=False, golden=None, size_bytes=file.size_bytes
+                )
+                write_manifest(scratch, described)
+        found[name] = folder
+    return found
+
+
+def _subject(bench: bench_quality.Bench, gguf: Path) -> Subject:
+    """The same chunks that our variants choose by: see pipeline.pruning."""
+    model = checkpoint.load(gguf)
+    recipe = bench.recipe
+    text = sources.dataset(recipe.calibration.text, bench.where.sources)
+    chunks = sensitivity.cut(model, text, min(256, recipe.calibration.n_ctx), 0)[: recipe.prune.measured]
+    return Subject(model, chunks, chunks, quantize.compute_device())
+
+
+def row_of(
+    bench: bench_quality.Bench, variant: str, folder: Path, maker: prune_rows.Maker, known: PruneRow | None
+) -> PruneRow:
+    """The file's row: `known` where it is the same file, else measured."""
+    artifact = load_artifact(folder)
+    (entry,) = (f for f in artifact.files if f.path == artifact.entry)
+    if known and known.file_sha256 == entry.sha256:
+        return known
+    (recording,) = bench.recordings
+    model = checkpoint.load(folder / artifact.entry)
+    n_weights = sum(_n(t.shape) for t in model.tensors.values())
+    n_linear = sum(_n(t.shape) for n, t in model.tensors.items() if n.startswith("model.layers.") and len(t.shape) == 2)
+    return PruneRow(
+        model=bench.recipe.name,
+        variant=variant,
+        maker=maker,
+        file_sha256=entry.sha256,
+        size_bytes=entry.size_bytes,
+        n_weights=n_weights,
+        n_linear_weights=n_linear,
+        score=bench_quality.measure(bench, folder, recording),
+        notes=[note for note in artifact.notes if note.startswith("pruned:")],
+        speed=[],
+    )
+
+
+def _n(shape: tuple[int, ...]) -> int:
+    return shape[0] * (shape[1] if len(shape) > 1 else 1)
+
+
+def speed_of(bench: bench_quality.Bench, variant: str, options: argparse.Namespace) -> list[SpeedPair]:
+    """Decode speed of a variant and of the whole model in the same type, in pairs of runs, first places alternating."""
+    inner = parse_variant(variant).name
+    folders = build(
+        bench.recipe, bench.where, bench.progress, os.cpu_count() or 1, [bench.recipe.reference, inner, variant]
+    )
+    whole, pruned = (bench_model(folder) for folder in folders[-2:])
+    task = Throughput(n_prompt=16, n_gen=128, repetitions=3)
+    pairs = []
+    for pair in range(options.pairs):
+        speeds = {}
+        for model in (whole, pruned) if pair % 2 == 0 else (pruned, whole):
+            report = peers.run_slimpi(model, task, model.path.parent, options.threads)
+            samples = sorted(peers.measurement(report, "decode_tokens_per_s").samples)
+            speeds[model.variant] = samples[len(samples) // 2]
+        pairs.append(SpeedPair(whole_tps=speeds[whole.variant], pruned_tps=speeds[pruned.variant]))
+        bench.progress.say(
+            f"  {variant} pair {pair + 1}: {pairs[-1].pruned_tps:.1f} against {pairs[-1].whole_tps:.1f} t/s"
+        )
+    return pairs
+
+
+def bench_model(folder: Path) -> peers.Model:
+    artifact = load_artifact(folder)
+    return peers.Model(artifact.variant, folder / artifact.entry, artifact)
+
+
+def run(options: argparse.Namespace, where: Places, out: Path) -> Pruning:
+    """Measure what `out` lacks, writing it after every file."""
+    progress = Progressor()
+    found = (
+        read_record(out, Pruning)
+        if out.exists()
+        else Pruning(conditions=prune_rows.conditions(options.machine), rows=[], verdicts=[])
+    )
+    for path in options.recipes or [where.root / "models" / f"{name}.toml" for name in RECIPES]:
+        bench = bench_quality.open_bench(path, options, where, progress)
+        for percent in () if options.ours else options.percent or PERCENTS:
+            for variant, folder in peer_files(bench, percent, options).items():
+                found = _add(found, out, bench, variant, folder, "llama-quantize")
+        for variant in [bench.recipe.reference, *candidates(options)]:
+            try:
+                folder = build(bench.recipe, where, progress, os.cpu_count() or 1, [bench.recipe.reference, variant])[
+                    -1
+                ]
+                found = _add(found, out, bench, variant, folder, "slimpi")
+            except SlimpiError as error:
+                progress.say(f"  {bench.recipe.name} {variant} FAILED: {error}")
+                continue
+            if options.discard and variant != bench.recipe.reference:
+                shutil.rmtree(folder)
+        for variant in options.speed:
+            row = next((r for r in found.rows if (r.model, r.variant) == (bench.recipe.name, variant)), None)
+            if row is None:
+                raise SlimpiError(f"--speed {variant}: no such row. Measure it first (--ours {variant}).")
+            timed = msgspec.structs.replace(row, speed=speed_of(bench, variant, options))
+            found = msgspec.structs.replace(found, rows=prune_rows.merged(found.rows, timed))
+            write_atomic(out, encode(found))
+    return msgspec.structs.replace(found, verdicts=prune_rows.verdicts_of(found.rows))
+
+
+def _add(
+    found: Pruning, out: Path, bench: bench_quality.Bench, variant: str, folder: Path, maker: prune_rows.Maker
+) -> Pruning:
+    known = next((r for r in found.rows if (r.model, r.variant) == (bench.recipe.name, variant)), None)
+    row = row_of(bench, variant, folder, maker, known)
+    if row != known:
+        found = msgspec.structs.replace(found, rows=prune_rows.merged(found.rows, row))
+        write_atomic(out, encode(found))
+    bench.progress.say(prune_rows.line(row))
+    return found
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("recipes", type=Path, nargs="*", help=f"recipe files; default: {', '.join(RECIPES)}")
+    add("--ours", action="append", default=[], metavar="VARIANT", help="measure these pruned variants alone")
+    add("--speed", action="append", default=[], metavar="VARIANT", help="time decoding of these beside the whole model")
+    add("--percent", type=at_least(1), action="append", help="of the blocks' weights to remove; default: 10, 20, 30")
+    add("--type", default="F16", help="llama-quantize's type of the files (default %(default)s)")
+    add("--text", action="append", default=["wikitext2-test"], help=argparse.SUPPRESS)
+    add("--n-ctx", type=at_least(8), default=512, help="tokens in a chunk (default %(default)s)")
+    add("--chunks", type=at_least(0), default=20, help="chunks to score, 0 = all (default %(default)s)")
+    add("--pairs", type=at_least(1), default=8, help="timed pairs of runs (default %(default)s)")
+    add("--threads", type=at_least(1), default=1, help="inference threads (default %(default)s)")
+    add("--discard", action="store_true", help="remove each pruned artifact once it is measured")
+    add("--peers-dir", type=Path, default=Path(__file__).parent / "peers", help="where the tools are, or are built")
+    output_options(parser, "prune.json")
+    return parser
+
+
+@command("prune_table", "Run it again: it goes on from the last file measured.")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 1 if a target is missed; what was measured is kept either way."""
+    options = _parser().parse_args(argv)
+    where = places()
+    out = result_path(options, where, "prune.json")
+    found = run(options, where, out)
+    write_atomic(out, encode(found))
+    print("\n".join([*prune_rows.table(found.rows), "", *map(prune_rows.verdict_line, found.verdicts)]))
+    print(f"written to {out}")
+    return 0 if all(verdict.ok for verdict in found.verdicts) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

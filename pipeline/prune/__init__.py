@@ -1,0 +1,141 @@
+"""PRUNERS: which parts of a model go. One file a family of methods, one line here a method.
+
+A pruner takes a Subject and a share of the decoder blocks' weights and gives a `Pruned`: what stays, and what changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from device.schema import SlimpiError
+from pipeline.checkpoint import Checkpoint
+from pipeline.progress import Tick, quiet
+from pipeline.prune import depth, hidden, moments, sparse, widths
+from pipeline.prune.cut import Cut, apply, describe, dims_of
+from pipeline.prune.repair import REPAIRS
+from pipeline.prune.scores import SCORES, Evidence
+from pipeline.prune.stream import Judge, Stream
+from pipeline.prune.widths import Pruned
+
+
+@dataclass
+class Subject:
+    """A whole model, and the chunks (n, n_ctx) of text by which cuts are measured and by which moments are taken and
+    repairs fit. What is made of them is made once, when it is asked for."""
+
+    checkpoint: Checkpoint
+    measured: torch.Tensor
+    fitted: torch.Tensor
+    device: torch.device
+    tick: Tick = quiet
+
+    @cached_property
+    def judge(self) -> Judge:
+        return Judge(Stream(self.checkpoint, self.measured, self.device))
+
+    @cached_property
+    def evidence(self) -> Evidence:
+        stream = Stream(self.checkpoint, self.fitted, self.device)
+        return Evidence(stream, moments.collect(stream, self.tick))
+
+
+Pruner = Callable[[Subject, float], Pruned]
+
+
+def _cut(choose: Callable[[Judge, float, Tick], Cut]) -> Pruner:
+    return lambda subject, share: Pruned(choose(subject.judge, share, subject.tick))
+
+
+def _width(choose: Callable[..., Pruned]) -> Pruner:
+    return lambda subject, share: choose(subject.judge, subject.evidence, share, subject.tick)
+
+
+def _sparse(sparsify: sparse.Sparsify, kept_of: int = 0) -> Pruner:
+    def run(subject: Subject, share: float) -> Pruned:
+        if kept_of and share != 0.5:
+            raise SlimpiError(f"of 2:4 two of four stay, which is 50 %, not {100 * share:g}. Ask for 50.")
+        stream = Stream(subject.checkpoint, subject.fitted, subject.device)  # its weights are changed on the way
+        return sparse.sparse(sparsify, kept_of, stream, share, subject.tick)
+
+    return run
+
+
+PRUNERS: Mapping[str, Pruner] = MappingProxyType(
+    {
+        # Whole layers: least block influence; a run of neighbours; one by one by measured divergence.
+        "layers_influence": _cut(depth.influence),
+        "layers_run": _cut(depth.contiguous),
+        "layers": _cut(depth.layers),
+        # Attention parts and MLPs one by one, by measured divergence a weight.
+        "blocks": _cut(depth.blocks),
+        # Channels and key-value groups: the same number in each layer, or each layer its own, by others' scores.
+        **{f"width_{name}": _width(partial(widths.by_score, name)) for name in SCORES},
+        **{f"widths_{name}": _width(partial(widths.uneven_by_score, name)) for name in SCORES},
+        # By the optimal brain surgeon; uneven by measured divergence.
+        "width": _width(widths.uniform_surgery),
+        "widths": _width(widths.measured),
+        # Narrower hidden states.
+        "hidden": lambda subject, share: hidden.hidden(subject.judge, share, subject.tick),
+        # Zeros in matrices of the old size, of each row or two of four: nothing gets smaller or faster.
+        "sparse_magnitude": _sparse(sparse.magnitude),
+        "sparse_wanda": _sparse(sparse.wanda),
+        "sparse_gpt": _sparse(sparse.sparsegpt),
+        "sparse24_magnitude": _sparse(sparse.magnitude, 4),
+        "sparse24_wanda": _sparse(sparse.wanda, 4),
+        "sparse24_gpt": _sparse(sparse.sparsegpt, 4),
+    }
+)
+
+
+@dataclass(frozen=True)
+class PruneSpec:
+    """A key of PRUNERS, one of REPAIRS or "", and the share of the blocks' weights to remove."""
+
+    pruner: str
+    repair: str
+    percent: float
+
+    @property
+    def name(self) -> str:
+        repair = f"+{self.repair}" if self.repair else ""
+        return f"{self.pruner}{repair}-{self.percent:g}".upper()
+
+
+def parse_prune(method: str, percent: str) -> PruneSpec:
+    """Of `LAYERS+REPAIR` and `25`; SlimpiError says which part is unknown and what is known."""
+    pruner, plus, repair = method.lower().partition("+")
+    if pruner not in PRUNERS:
+        raise SlimpiError(f"unknown pruner {pruner.upper()!r}. Known: {', '.join(PRUNERS).upper()}.")
+    if plus and repair not in REPAIRS:
+        raise SlimpiError(
+            f"unknown repair {repair.upper()!r} after {pruner.upper()}. Known: {', '.join(REPAIRS).upper()}."
+        )
+    try:
+        share = float(percent)
+    except ValueError:
+        share = 0.0
+    if not 0 < share < 100:
+        raise SlimpiError(
+            f"{method}-{percent}: give the percentage of the blocks' weights to remove, above 0, below 100."
+        )
+    return PruneSpec(pruner, repair, share)
+
+
+def prune(subject: Subject, spec: PruneSpec) -> tuple[Checkpoint, dict[str, Any]]:
+    """The pruned checkpoint, and what a manifest says of it."""
+    dims = dims_of(subject.checkpoint)
+    pruned = PRUNERS[spec.pruner](subject, spec.percent / 100)
+    facts = {"pruner": spec.pruner, "percent": spec.percent, "repair": spec.repair, **describe(pruned.cut, dims)}
+    if pruned.cut == dims.whole:
+        zeros = sum(int((matrix == 0).sum()) for matrix in pruned.new.values())
+        facts["share_of_zeros"] = round(zeros / dims.weights(dims.whole), 4)
+    if spec.repair:
+        stream = Stream(subject.checkpoint, subject.fitted, subject.device)
+        pruned = REPAIRS[spec.repair](stream, pruned, subject.tick)
+    return apply(subject.checkpoint, pruned.cut, pruned.new), facts

@@ -1,0 +1,148 @@
+"""Which layers, or parts of layers, to drop whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from device.schema import SlimpiError
+from pipeline.progress import Tick, quiet
+from pipeline.prune.cut import Cut, Dims, LayerCut
+from pipeline.prune.stream import Judge
+
+_GONE = LayerCut((), ())
+_SWAP_ROUNDS = 2
+
+
+def n_dropped(dims: Dims, share: float) -> int:
+    """Layers to drop for a share of the blocks' weights; SlimpiError if that is none or all."""
+    count = round(dims.n_layers * share)
+    if not 0 < count < dims.n_layers:
+        raise SlimpiError(
+            f"{share:.0%} of {dims.n_layers} layers is {count}: from {1 / dims.n_layers:.0%} on one can be dropped, "
+            "and one must stay. Prune widths instead, or another share."
+        )
+    return count
+
+
+def without(dims: Dims, gone: Iterable[int]) -> Cut:
+    cut = dims.whole
+    for index in gone:
+        cut = cut.replaced(index, _GONE)
+    return cut
+
+
+def influence(judge: Judge, share: float, tick: Tick = quiet) -> Cut:
+    """Layers whose output is most like their input: least block influence 1 - E[cos(h, h')] (ShortGPT, Men et al. 2024,
+    eq. 1)."""
+    scores = [
+        1 - torch.cosine_similarity(before.float(), after.float(), dim=-1).mean().item()
+        for before, after in zip(judge.whole, judge.whole[1:], strict=False)
+    ]
+    dims = judge.stream.dims
+    order = sorted(range(dims.n_layers), key=lambda index: scores[index])
+    return without(dims, order[: n_dropped(dims, share)])
+
+
+def contiguous(judge: Judge, share: float, tick: Tick = quiet) -> Cut:
+    """The run of consecutive layers whose loss costs least, by measured divergence (Gromov et al. 2024; Kim et al.
+    2024, Shortened LLaMA, measure perplexity)."""
+    dims = judge.stream.dims
+    count = n_dropped(dims, share)
+    best, least = dims.whole, float("inf")
+    starts = range(dims.n_layers - count + 1)
+    for done, first in enumerate(starts, 1):
+        cut = without(dims, range(first, first + count))
+        if (found := judge.divergence(cut, start=first)) < least:
+            best, least = cut, found
+        tick(done, len(starts), "runs of layers")
+    return best
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """Something to drop whole: a layer, or one of its parts."""
+
+    layer: int
+    part: str = ""
+
+    def dropped(self, cut: Cut) -> Cut:
+        old = cut.layers[self.layer]
+        kept = {
+            "": _GONE,
+            "attention": LayerCut((), old.channels),
+            "mlp": LayerCut(old.groups, ()),
+        }[self.part]
+        return cut.replaced(self.layer, kept)
+
+
+def layers(judge: Judge, share: float, tick: Tick = quiet) -> Cut:
+    """Layer after layer the one whose loss costs least, by measured divergence; then exchanged for kept ones while
+    that helps."""
+    dims = judge.stream.dims
+    units = [_Unit(index) for index in range(dims.n_layers)]
+    chosen = _greedy(judge, units, lambda found: len(found) == n_dropped(dims, share), tick)
+    return _of(dims, _swapped(judge, units, chosen, tick))
+
+
+def blocks(judge: Judge, share: float, tick: Tick = quiet) -> Cut:
+    """Attention parts and MLPs one by one, by measured divergence for a weight removed, until the share is reached."""
+    dims = judge.stream.dims
+    units = [_Unit(index, part) for index in range(dims.n_layers) for part in ("attention", "mlp")]
+    chosen = _greedy(judge, units, lambda found: dims.share_removed(_of(dims, found)) >= share - 1e-9, tick)
+    return _of(dims, chosen)
+
+
+def _of(dims: Dims, units: Iterable[_Unit]) -> Cut:
+    cut = dims.whole
+    for unit in units:
+        cut = unit.dropped(cut)
+    return cut
+
+
+def _greedy(judge: Judge, units: list[_Unit], enough: object, tick: Tick) -> list[_Unit]:
+    """Units in the order they are dropped. Lazy: what a unit cost earlier is taken for a bound of what it costs now
+    (Minoux 1978), since losses mostly add up; swaps make good for when they do not."""
+    dims = judge.stream.dims
+    whole_weights = dims.weights(dims.whole)
+    chosen: list[_Unit] = []
+    cut, now, states = dims.whole, 0.0, judge.whole
+    known = dict.fromkeys(units, -1.0)
+    while not enough(chosen):  # type: ignore[operator]
+        fresh: set[_Unit] = set()
+        while True:
+            best = min((u for u in units if u not in chosen), key=lambda unit: known[unit])
+            if best in fresh:
+                break
+            tried = best.dropped(cut)
+            saved = (dims.weights(cut) - dims.weights(tried)) / whole_weights
+            known[best] = (judge.divergence(tried, states, best.layer) - now) / saved
+            fresh.add(best)
+        tried = best.dropped(cut)
+        now += known[best] * (dims.weights(cut) - dims.weights(tried)) / whole_weights
+        chosen.append(best)
+        cut = tried
+        judge.stream.set(cut)
+        states = judge.stream.all_states()
+        tick(len(chosen), len(units), "dropped")
+    return chosen
+
+
+def _swapped(judge: Judge, units: list[_Unit], chosen: list[_Unit], tick: Tick) -> list[_Unit]:
+    """Exchanges of a dropped unit for a neighbour that was kept, while one helps, at most a few rounds."""
+    dims = judge.stream.dims
+    chosen = list(chosen)
+    least = judge.divergence(_of(dims, chosen))
+    for turn in range(_SWAP_ROUNDS):
+        before = least
+        for place, out in enumerate(list(chosen)):
+            for unit in (u for u in units if u not in chosen and abs(u.layer - out.layer) <= 1):
+                tried = [*chosen[:place], unit, *chosen[place + 1 :]]
+                if (found := judge.divergence(_of(dims, tried))) < least:
+                    chosen, least = tried, found
+        tick(turn + 1, _SWAP_ROUNDS, "rounds of exchanges")
+        if least == before:
+            break
+    return chosen

@@ -1,0 +1,59 @@
+"""The inputs of the matrices that end a layer's parts: their means and E[x x^T], over a stream's chunks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from pipeline.progress import Tick, quiet
+from pipeline.prune.stream import BATCH, Stream
+
+
+@dataclass(frozen=True)
+class Moments:
+    """hessian E[x x^T] (columns, columns), mean (columns,), mean_abs E|x| (columns,), float32."""
+
+    hessian: torch.Tensor
+    mean: torch.Tensor
+    mean_abs: torch.Tensor
+
+    @property
+    def mean_x2(self) -> torch.Tensor:
+        return self.hessian.diagonal()
+
+
+class Sums:
+    def __init__(self) -> None:
+        self.n = 0
+
+    def add(self, x: torch.Tensor) -> None:
+        x = x.reshape(-1, x.shape[-1]).float()
+        if not self.n:
+            self.xx = torch.zeros(x.shape[1], x.shape[1], device=x.device)
+            self.x, self.abs_x = (torch.zeros(x.shape[1], dtype=torch.float64, device=x.device) for _ in range(2))
+        self.n += len(x)
+        self.xx.addmm_(x.T, x)
+        self.x += x.sum(0, dtype=torch.float64)
+        self.abs_x += x.abs().sum(0, dtype=torch.float64)
+
+    def moments(self) -> Moments:
+        return Moments(self.xx.cpu() / self.n, (self.x / self.n).float().cpu(), (self.abs_x / self.n).float().cpu())
+
+
+@torch.no_grad()
+def collect(stream: Stream, tick: Tick = quiet) -> list[tuple[Moments, Moments]]:
+    """Of every layer (inputs of o_proj, inputs of down_proj), in the whole model."""
+    stream.set(stream.dims.whole)
+    hidden, found = stream.embedded, []
+    for index in range(len(stream.layers)):
+        sums = Sums(), Sums()
+        for gate, of in zip(stream.gates[index], sums, strict=True):
+            gate.seen = of.add
+        parts = [stream.run(index, part.to(stream.device)).cpu() for part in hidden.split(BATCH)]
+        for gate in stream.gates[index]:
+            gate.seen = None
+        hidden = torch.cat(parts)
+        found.append((sums[0].moments(), sums[1].moments()))
+        tick(index + 1, len(stream.layers), "layers")
+    return found

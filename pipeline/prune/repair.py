@@ -1,0 +1,202 @@
+"""Repair without gradients: the matrices that end a layer's parts, refit one after another so that the pruned model's
+residual stream is the whole model's again.
+
+For every kept part in order, with x its last input and h the stream before it in the model repaired so far,
+min over W of E|t - h - W x|^2 + penalty |W - W0|^2, t being the whole model's stream before the next part that is kept:
+so a part also stands in for what was dropped behind it (least squares as SliceGPT's and LLM-Streamline's, but
+sequential and towards the whole model, so that errors do not add up). The penalty is chosen for each matrix on chunks
+that took no part in the fit, and where none is better than W0 there, W0 stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from device.schema import SlimpiError
+from pipeline.architectures import ARCHITECTURES
+from pipeline.progress import Tick, quiet
+from pipeline.prune.cut import ATTENTION, MLP, Cut, LayerCut, apply, indices_of
+from pipeline.prune.stream import BATCH, Stream
+from pipeline.prune.widths import Pruned
+
+_PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # of the mean diagonal of E[x x^T]
+_HELD_OUT = 8  # every n-th token of the chunks' end
+
+
+@dataclass
+class _Pass:
+    """The model under repair: its stream, what it keeps, and its hidden state so far (chunks, n_ctx, d)."""
+
+    stream: Stream
+    cut: Cut
+    hidden: torch.Tensor
+    new: dict[str, torch.Tensor]
+    fitted: int = 0
+
+
+def least_squares(whole: Stream, pruned: Pruned, tick: Tick = quiet) -> Pruned:
+    """The pruned model with its parts' last matrices refit on the stream's chunks. The stream's weights are changed.
+
+    SlimpiError for families that normalize a part's output before adding it, where the fit is not linear.
+    """
+    arch = ARCHITECTURES[whole.checkpoint.architecture]
+    if "post_feedforward_layernorm.weight" in arch.layer_tensors:
+        raise SlimpiError(
+            f"{whole.checkpoint.architecture} normalizes what a part adds, so that no least squares repairs it. "
+            "Leave +REPAIR out."
+        )
+    targets = _targets(whole, tick)
+    if pruned.cut.hidden is not None:
+        kept = list(pruned.cut.hidden)
+        targets = [target[..., kept] for target in targets]
+        small = Stream(apply(whole.checkpoint, pruned.cut, pruned.new), whole.chunks, whole.device)
+        state = _Pass(small, small.dims.whole, small.embedded, dict(pruned.new))
+    else:
+        whole.set(pruned.cut)
+        state = _Pass(whole, pruned.cut, whole.embedded, dict(pruned.new))
+        _install(state)
+    parts = [
+        (index, part)
+        for index, layer in enumerate(state.cut.layers)
+        for part in (0, 1)
+        if (layer.groups, layer.channels)[part]
+    ]
+    ends = [2 * index + part for index, part in parts[1:]] + [2 * len(whole.layers)]
+    wanted = dict(zip(parts, ends, strict=True))
+    for index, layer in enumerate(state.cut.layers):
+        if layer.groups:
+            _fit_attention(state, index, layer, targets[wanted[index, 0]])
+        if layer.channels:
+            _fit_mlp(state, index, layer, targets[wanted[index, 1]])
+        elif layer.groups:
+            state.hidden = state.stream.layer(index, state.hidden)
+        tick(index + 1, len(state.cut.layers), "layers repaired")
+    return Pruned(pruned.cut, state.new)
+
+
+@torch.no_grad()
+def _targets(whole: Stream, tick: Tick) -> list[torch.Tensor]:
+    """The whole model's stream before every part, and at the end: 2 n_layers + 1 tensors (chunks, n_ctx, d)."""
+    whole.set(whole.dims.whole)
+    found, hidden = [], whole.embedded
+    for index in range(len(whole.layers)):
+        inputs, outs = _last_inputs(whole, index, 1, hidden)
+        module = whole.ends[index].mlp
+        added = [_applied(module, x) for x in inputs]
+        out = torch.cat(outs)
+        found += [hidden, out - torch.cat(added).reshape(out.shape)]
+        hidden = out
+        tick(index + 1, len(whole.layers), "layers of the whole model")
+    return [*found, hidden]
+
+
+def _applied(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """The matrix times its input, without the gates."""
+    bias = module.bias.cpu() if module.bias is not None else None  # type: ignore[operator]
+    return torch.nn.functional.linear(x, module.weight.cpu(), bias)  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def _last_inputs(
+    stream: Stream, index: int, part: int, hidden: torch.Tensor
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Inputs (tokens, columns) of the matrix that ends a part, and the layer's outputs, batch by batch."""
+    inputs: list[torch.Tensor] = []
+    gate = stream.gates[index][part]
+    gate.seen = lambda x: inputs.append(x.detach().reshape(-1, x.shape[-1]).cpu())
+    outs = [stream.run(index, part_.to(stream.device)).cpu() for part_ in hidden.split(BATCH)]
+    gate.seen = None
+    return inputs, outs
+
+
+def _install(state: _Pass) -> None:
+    """Put matrices that pruning changed already into the masked model."""
+    for index, layer in enumerate(state.cut.layers):
+        for part, name in ((0, ATTENTION), (1, MLP)):
+            value = state.new.get(f"model.layers.{index}.{name}")
+            if value is not None:
+                _write(state, index, part, layer, value)
+
+
+def _columns(state: _Pass, layer: LayerCut, part: int) -> torch.Tensor | None:
+    kept = indices_of("q" if part == 0 else "f", state.stream.dims, layer, None)
+    return None if kept is None else torch.from_numpy(kept)
+
+
+def _write(state: _Pass, index: int, part: int, layer: LayerCut, value: torch.Tensor) -> None:
+    ends = state.stream.ends[index]
+    weight, columns = (ends.attention, ends.mlp)[part].weight, _columns(state, layer, part)
+    if columns is None:
+        weight.data.copy_(value)
+    else:
+        weight.data[:, columns.to(weight.device)] = value.to(weight.device)
+
+
+def _fit_attention(state: _Pass, index: int, layer: LayerCut, target: torch.Tensor) -> None:
+    inputs, _ = _last_inputs(state.stream, index, 0, state.hidden)
+    module = state.stream.ends[index].attention
+    wanted = (target - state.hidden).reshape(-1, target.shape[-1])
+    if module.bias is not None:
+        wanted = wanted - module.bias.detach().cpu()
+    _fit(state, index, 0, layer, torch.cat(inputs), wanted)
+
+
+def _fit_mlp(state: _Pass, index: int, layer: LayerCut, target: torch.Tensor) -> None:
+    inputs, outs = _last_inputs(state.stream, index, 1, state.hidden)
+    x, out = torch.cat(inputs), torch.cat(outs)
+    module = state.stream.ends[index].mlp
+    before = module.weight.detach().cpu().clone()
+    stream_before = out.reshape(-1, out.shape[-1]) - x @ before.T
+    _fit(state, index, 1, layer, x, target.reshape(-1, target.shape[-1]) - stream_before)
+    state.hidden = (stream_before + x @ module.weight.detach().cpu().T).reshape(out.shape)
+
+
+def _fit(state: _Pass, index: int, part: int, layer: LayerCut, x: torch.Tensor, wanted: torch.Tensor) -> None:
+    """Refit the columns that are kept; x (tokens, all columns), wanted (tokens, d)."""
+    columns = _columns(state, layer, part)
+    ends = state.stream.ends[index]
+    old = (ends.attention, ends.mlp)[part].weight.detach().cpu()
+    if columns is not None:
+        x, old = x[:, columns], old[:, columns]
+    fitted = ridge(x, wanted, old)
+    if fitted is None:
+        return
+    _write(state, index, part, layer, fitted)
+    state.new[f"model.layers.{index}.{(ATTENTION, MLP)[part]}"] = fitted
+    state.fitted += 1
+
+
+def ridge(x: torch.Tensor, wanted: torch.Tensor, old: torch.Tensor) -> torch.Tensor | None:
+    """W (rows, columns) with least |wanted - x W^T|^2 + penalty |W - old|^2, None if no penalty helps on held-out rows.
+
+    x float32 (tokens, columns), wanted (tokens, rows). The penalty is chosen on the last eighth of the tokens, then the
+    fit is made on all.
+    """
+    split = len(x) - len(x) // _HELD_OUT
+    residual = wanted - x @ old.T
+    xx, xr = x[:split].T @ x[:split], x[:split].T @ residual[:split]
+    best, least = None, float(residual[split:].square().sum())
+    for penalty in _PENALTIES:
+        delta = _solve(xx, xr, penalty)
+        if (loss := float((residual[split:] - x[split:] @ delta).square().sum())) < least:
+            best, least = penalty, loss
+    if best is None:
+        return None
+    xx.addmm_(x[split:].T, x[split:])
+    xr.addmm_(x[split:].T, residual[split:])
+    return (old + _solve(xx, xr, best).T).contiguous()
+
+
+def _solve(xx: torch.Tensor, xr: torch.Tensor, penalty: float) -> torch.Tensor:
+    damped = xx.clone()
+    damped.diagonal().add_(penalty * xx.diagonal().mean() + 1e-30)
+    factor, failed = torch.linalg.cholesky_ex(damped)
+    if failed:
+        return torch.linalg.lstsq(damped.double(), xr.double(), driver="gelsd").solution.float()
+    return torch.cholesky_solve(xr, factor)
+
+
+REPAIRS: dict[str, Callable[..., Pruned]] = {"repair": least_squares}

@@ -1,0 +1,76 @@
+"""The pruned base of a variant: a stage like the lossless one, from which everything after it is made."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from device.schema import Step, sha256_file
+from pipeline import checkpoint, quantize, sensitivity, sources
+from pipeline.export import gguf as gguf_export
+from pipeline.exporter import Context, Prepared
+from pipeline.prune import PruneSpec, Subject, prune
+from pipeline.store import digest, stage
+
+_MEASURED_CTX = 256
+_FACTS = "prune.json"
+
+
+def pruned_base(context: Context, prepared: Prepared, spec: PruneSpec) -> tuple[Context, Prepared, list[Step]]:
+    """The context and the base that the rest of the variant is built from: its statistics, importance and parts are the
+    pruned model's own, since the source's hash in it is the pruned file's. The step tells what stayed."""
+    recipe = context.recipe
+    text = sources.dataset(recipe.calibration.text, context.places.sources)
+    n_ctx = recipe.calibration.n_ctx
+    settings: dict[str, Any] = {
+        **msgspec.to_builtins(recipe.prune),
+        "n_ctx": n_ctx,
+        "text_sha256": sha256_file(text),
+    }
+    key = ["prune", context.source.sha256, spec.name, settings]
+    name = f"{recipe.name}-{spec.name.lower().replace('+', '_')}"
+
+    def make(folder: Path) -> None:
+        with context.progress.step(f"prune {spec.name}") as tick:
+            model = checkpoint.load(prepared.base)
+            subject = Subject(
+                model,
+                measured=sensitivity.cut(model, text, min(_MEASURED_CTX, settings["n_ctx"]), 0)[
+                    : recipe.prune.measured
+                ],
+                fitted=sensitivity.cut(model, text, settings["n_ctx"], 0)[: recipe.prune.fitted],
+                device=quantize.compute_device(),
+                tick=tick,
+            )
+            pruned, facts = prune(subject, spec)
+            gguf_export.export_gguf(pruned, folder / "base.gguf", "auto")
+            (folder / _FACTS).write_text(json.dumps(facts))
+
+    folder = stage(context.places.stages, name, key, make, context.progress.say)
+    facts = json.loads((folder / _FACTS).read_text())
+    context.progress.say(f"    {told(facts)}")
+    base = folder / "base.gguf"
+    source = replace(context.source, path=base, sha256=digest(key))
+    steps = [Step(action="prune", source="base.gguf", settings={**facts, **settings, "text": recipe.calibration.text})]
+    named = msgspec.structs.replace(recipe, name=name)
+    return replace(context, recipe=named, source=source), replace(prepared, base=base), steps
+
+
+def told(facts: dict[str, Any]) -> str:
+    """A line on what a cut left: "25 % asked, 24.9 % of the blocks' weights removed: 30 layers, ..."."""
+
+    def span(name: str) -> str:
+        values = [value for value in facts[name] if value] or [0]
+        return f"{min(values)}" if min(values) == max(values) else f"{min(values)} to {max(values)}"
+
+    if "share_of_zeros" in facts:
+        return f"{100 * facts['share_of_zeros']:.1f} % of the blocks' weights are zeros: nothing gets smaller or faster"
+    return (
+        f"{facts['percent']:g} % asked, {100 * facts['share_removed']:.1f} % of the blocks' weights removed: "
+        f"{facts['layers']} of {facts['layers_before']} layers, {sum(map(bool, facts['kv_groups']))} attentions with "
+        f"{span('kv_groups')} KV groups, {sum(map(bool, facts['channels']))} MLPs with {span('channels')} channels"
+    )
