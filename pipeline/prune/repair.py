@@ -95,7 +95,7 @@ def _targets(whole: Stream, tick: Tick) -> list[torch.Tensor]:
 
 def _applied(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
     """The matrix times its input, without the gates."""
-    bias = module.bias.cpu() if module.bias is not None else None  # type: ignore[operator]
+    bias = module.bias.cpu() if module.bias is not None else None
     return torch.nn.functional.linear(x, module.weight.cpu(), bias)  # type: ignore[arg-type]
 
 
