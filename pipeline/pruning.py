@@ -18,6 +18,7 @@ from pipeline.store import digest, stage
 
 _MEASURED_CTX = 256
 _FACTS = "prune.json"
+_COSTS = {"repair_s": "least squares", "distill_s": "distillation"}
 
 
 def pruned_base(context: Context, prepared: Prepared, spec: PruneSpec) -> tuple[Context, Prepared, list[Step]]:
@@ -45,6 +46,8 @@ def pruned_base(context: Context, prepared: Prepared, spec: PruneSpec) -> tuple[
                 fitted=sensitivity.cut(model, text, settings["n_ctx"], 0)[: recipe.prune.fitted],
                 device=quantize.compute_device(),
                 tick=tick,
+                taught=sensitivity.cut(model, text, n_ctx, 0)[: 2 * recipe.prune.distill_steps],
+                distill_steps=recipe.prune.distill_steps,
             )
             pruned, facts = prune(subject, spec)
             gguf_export.export_gguf(pruned, folder / "base.gguf", "auto")
@@ -69,8 +72,10 @@ def told(facts: dict[str, Any]) -> str:
 
     if "share_of_zeros" in facts:
         return f"{100 * facts['share_of_zeros']:.1f} % of the blocks' weights are zeros: nothing gets smaller or faster"
+    cost = "".join(f", {facts[key]:.0f} s of {what}" for key, what in _COSTS.items() if key in facts)
     return (
         f"{facts['percent']:g} % asked, {100 * facts['share_removed']:.1f} % of the blocks' weights removed: "
         f"{facts['layers']} of {facts['layers_before']} layers, {sum(map(bool, facts['kv_groups']))} attentions with "
         f"{span('kv_groups')} KV groups, {sum(map(bool, facts['channels']))} MLPs with {span('channels')} channels"
+        + cost
     )

@@ -24,7 +24,7 @@ from pipeline.build import build
 from pipeline.checkpoint import Checkpoint, load
 from pipeline.export.gguf import export_gguf
 from pipeline.progress import Progressor, quiet
-from pipeline.prune import PRUNERS, PruneSpec, Subject, depth, parse_prune, prune, sparse
+from pipeline.prune import PRUNERS, PruneSpec, Subject, depth, distill, parse_prune, prune, sparse
 from pipeline.prune.cut import Cut, LayerCut, apply, describe, dims_of
 from pipeline.prune.repair import least_squares, ridge
 from pipeline.prune.scores import SCORES
@@ -421,3 +421,33 @@ def test_sparse_files_stay_whole(subjects: Callable[[str], Subject]) -> None:
     }
     with pytest.raises(SlimpiError, match="two of four stay, which is 50 %"):
         prune(subject, PruneSpec("sparse24_gpt", "", 40))
+
+
+def test_distillation_brings_the_model_closer(models: Callable[[str], Checkpoint]) -> None:
+    """On text that it has not seen; Gemma too, which no least squares repair."""
+    for name in ("gemma2", "llama"):
+        checkpoint = models(name)
+        chunks = cut_text(checkpoint, PROSE, 64, 24)
+        subject = Subject(checkpoint, chunks[:2], chunks[:8], CPU, taught=chunks[:20], distill_steps=20)
+        plain = divergence(checkpoint, prune(subject, PruneSpec("layers", "", 50))[0], chunks[20:])
+        found, facts = prune(subject, PruneSpec("layers", "distill", 50))
+        assert facts["kld_after"] < facts["kld_before"]
+        assert facts["distill_tokens"] == 20 * 2 * 64
+        assert divergence(checkpoint, found, chunks[20:]) < plain
+
+
+def test_distillation_that_does_not_help_is_not_kept(models: Callable[[str], Checkpoint]) -> None:
+    checkpoint = models("llama")
+    chunks = cut_text(checkpoint, PROSE, 64, 4)
+    wild = distill.Schedule(steps=2, rate=10.0)
+    found, facts = distill.distill(checkpoint, checkpoint, chunks, chunks, wild, CPU)
+    assert facts["kld_after"] > facts["kld_before"]
+    assert found is checkpoint
+
+
+def test_the_rate_rises_and_falls() -> None:
+    rates = [distill.Schedule(20, rate=1.0).rate_at(step) for step in range(20)]
+    assert rates[:2] == [0.5, 1.0]
+    assert rates[2] == 1.0
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+    assert rates[-1] < 0.01

@@ -5,8 +5,9 @@ A pruner takes a Subject and a share of the decoder blocks' weights and gives a 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from types import MappingProxyType
 from typing import Any
@@ -16,9 +17,8 @@ import torch
 from device.schema import SlimpiError
 from pipeline.checkpoint import Checkpoint
 from pipeline.progress import Tick, quiet
-from pipeline.prune import depth, hidden, moments, sparse, widths
+from pipeline.prune import depth, distill, hidden, moments, repair, sparse, widths
 from pipeline.prune.cut import Cut, apply, describe, dims_of
-from pipeline.prune.repair import REPAIRS
 from pipeline.prune.scores import SCORES, Evidence
 from pipeline.prune.stream import Judge, Stream
 from pipeline.prune.widths import Pruned
@@ -26,14 +26,16 @@ from pipeline.prune.widths import Pruned
 
 @dataclass
 class Subject:
-    """A whole model, and the chunks (n, n_ctx) of text by which cuts are measured and by which moments are taken and
-    repairs fit. What is made of them is made once, when it is asked for."""
+    """A whole model, and the chunks (n, n_ctx) of text by which cuts are measured, by which moments are taken and
+    repairs fit, and which a distillation goes through. What is made of them is made once, when it is asked for."""
 
     checkpoint: Checkpoint
     measured: torch.Tensor
     fitted: torch.Tensor
     device: torch.device
     tick: Tick = quiet
+    taught: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    distill_steps: int = 0
 
     @cached_property
     def judge(self) -> Judge:
@@ -93,9 +95,36 @@ PRUNERS: Mapping[str, Pruner] = MappingProxyType(
 )
 
 
+def _plain(subject: Subject, pruned: Pruned) -> tuple[Checkpoint, dict[str, Any]]:
+    return apply(subject.checkpoint, pruned.cut, pruned.new), {}
+
+
+def _refit(subject: Subject, pruned: Pruned) -> tuple[Checkpoint, dict[str, Any]]:
+    begin_s = time.monotonic()
+    stream = Stream(subject.checkpoint, subject.fitted, subject.device)
+    made = repair.least_squares(stream, pruned, subject.tick)
+    return apply(subject.checkpoint, made.cut, made.new), {"repair_s": round(time.monotonic() - begin_s, 1)}
+
+
+def _distilled(subject: Subject, pruned: Pruned) -> tuple[Checkpoint, dict[str, Any]]:
+    """Refit first where the family allows it."""
+    start, facts = (_refit if repair.fits(subject.checkpoint) else _plain)(subject, pruned)
+    schedule = distill.Schedule(subject.distill_steps)
+    made, more = distill.distill(
+        subject.checkpoint, start, subject.taught, subject.measured, schedule, subject.device, subject.tick
+    )
+    return made, {**facts, **more}
+
+
+REPAIRS: Mapping[str, Callable[[Subject, Pruned], tuple[Checkpoint, dict[str, Any]]]] = MappingProxyType(
+    {"": _plain, "repair": _refit, "distill": _distilled}
+)
+"""What is done with what is left: nothing, least squares, those and a short distillation. With what it cost."""
+
+
 @dataclass(frozen=True)
 class PruneSpec:
-    """A key of PRUNERS, one of REPAIRS or "", and the share of the blocks' weights to remove."""
+    """A key of PRUNERS, one of REPAIRS, and the share of the blocks' weights to remove."""
 
     pruner: str
     repair: str
@@ -109,13 +138,12 @@ class PruneSpec:
 
 def parse_prune(method: str, percent: str) -> PruneSpec:
     """Of `LAYERS+REPAIR` and `25`; SlimpiError says which part is unknown and what is known."""
-    pruner, plus, repair = method.lower().partition("+")
+    pruner, plus, mend = method.lower().partition("+")
     if pruner not in PRUNERS:
         raise SlimpiError(f"unknown pruner {pruner.upper()!r}. Known: {', '.join(PRUNERS).upper()}.")
-    if plus and repair not in REPAIRS:
-        raise SlimpiError(
-            f"unknown repair {repair.upper()!r} after {pruner.upper()}. Known: {', '.join(REPAIRS).upper()}."
-        )
+    if plus and not (mend and mend in REPAIRS):
+        known = ", ".join(filter(None, REPAIRS)).upper()
+        raise SlimpiError(f"unknown repair {mend.upper()!r} after {pruner.upper()}. Known: {known}.")
     try:
         share = float(percent)
     except ValueError:
@@ -124,7 +152,7 @@ def parse_prune(method: str, percent: str) -> PruneSpec:
         raise SlimpiError(
             f"{method}-{percent}: give the percentage of the blocks' weights to remove, above 0, below 100."
         )
-    return PruneSpec(pruner, repair, share)
+    return PruneSpec(pruner, mend, share)
 
 
 def prune(subject: Subject, spec: PruneSpec) -> tuple[Checkpoint, dict[str, Any]]:
@@ -135,7 +163,5 @@ def prune(subject: Subject, spec: PruneSpec) -> tuple[Checkpoint, dict[str, Any]
     if pruned.cut == dims.whole:
         zeros = sum(int((matrix == 0).sum()) for matrix in pruned.new.values())
         facts["share_of_zeros"] = round(zeros / dims.weights(dims.whole), 4)
-    if spec.repair:
-        stream = Stream(subject.checkpoint, subject.fitted, subject.device)
-        pruned = REPAIRS[spec.repair](stream, pruned, subject.tick)
-    return apply(subject.checkpoint, pruned.cut, pruned.new), facts
+    found, cost = REPAIRS[spec.repair](subject, pruned)
+    return found, {**facts, **cost}

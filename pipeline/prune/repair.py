@@ -10,13 +10,13 @@ that took no part in the fit, and where none is better than W0 there, W0 stays.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from device.schema import SlimpiError
 from pipeline.architectures import ARCHITECTURES
+from pipeline.checkpoint import Checkpoint
 from pipeline.progress import Tick, quiet
 from pipeline.prune.cut import ATTENTION, MLP, Cut, LayerCut, apply, indices_of
 from pipeline.prune.stream import BATCH, Stream
@@ -37,13 +37,17 @@ class _Pass:
     fitted: int = 0
 
 
+def fits(checkpoint: Checkpoint) -> bool:
+    """Whether what a part adds to the stream is linear in its last matrix."""
+    return "post_feedforward_layernorm.weight" not in ARCHITECTURES[checkpoint.architecture].layer_tensors
+
+
 def least_squares(whole: Stream, pruned: Pruned, tick: Tick = quiet) -> Pruned:
     """The pruned model with its parts' last matrices refit on the stream's chunks. The stream's weights are changed.
 
     SlimpiError for families that normalize a part's output before adding it, where the fit is not linear.
     """
-    arch = ARCHITECTURES[whole.checkpoint.architecture]
-    if "post_feedforward_layernorm.weight" in arch.layer_tensors:
+    if not fits(whole.checkpoint):
         raise SlimpiError(
             f"{whole.checkpoint.architecture} normalizes what a part adds, so that no least squares repairs it. "
             "Leave +REPAIR out."
@@ -197,6 +201,3 @@ def _solve(xx: torch.Tensor, xr: torch.Tensor, penalty: float) -> torch.Tensor:
     if failed:
         return torch.linalg.lstsq(damped.double(), xr.double(), driver="gelsd").solution.float()
     return torch.cholesky_solve(xr, factor)
-
-
-REPAIRS: dict[str, Callable[..., Pruned]] = {"repair": least_squares}

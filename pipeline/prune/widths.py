@@ -10,7 +10,7 @@ import torch
 from device.schema import SlimpiError
 from pipeline import plan_milp
 from pipeline.progress import Tick, quiet
-from pipeline.prune.cut import ATTENTION, MLP, Cut, Dims, LayerCut, indices_of, rounded
+from pipeline.prune.cut import ATTENTION, MLP, Cut, Dims, LayerCut, rounded
 from pipeline.prune.scores import SCORES, Evidence, Scores
 from pipeline.prune.stream import Judge
 from pipeline.prune.surgery import Surgery, operate
