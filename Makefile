@@ -18,7 +18,7 @@ PI_VARIANTS ?= Q8_0 Q4_K_M Q4_0 INT8-dynamic
 EMULATED_SIZES := --n-ctx 64 --n-chunks 2 --n-prompt 16 --n-gen 4 --repetitions 3 --limit 16
 DEPLOY_SIZES ?= $(if $(filter emulated,$(PI)),$(EMULATED_SIZES))
 
-.PHONY: demo install test test-slow lint bench-peers bench-quality bench-speed bench-plans bench-mxq bench-classify bench-int8 peers tweets tweets-ablation fault-drill deploy-pi pi-emulator clean help
+.PHONY: demo install test test-slow lint bench-peers bench-quality bench-speed bench-plans bench-mxq bench-prune bench-classify bench-int8 peers tweets tweets-ablation fault-drill deploy-pi pi-emulator clean help
 
 help:           ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/ /'
@@ -76,6 +76,9 @@ bench-plans: install  ## programs by three measures, a genetic algorithm and a s
 
 bench-mxq: install  ## MXQ's table: perplexity and KL divergence at 4.75 to 2.75 bits, against HQQ, GPTQ and AWQ (hours; resumable)
 	$(BIN)/python benchmarks/mxq_table.py models/gemma-3-270m.toml
+
+bench-prune: install  ## pruning with and without repair against llama-quantize --prune-layers at equal bytes (hours; resumable)
+	$(BIN)/python benchmarks/prune_table.py
 
 tweets: install   ## every classifier of disaster tweets: grouped 5-fold, artifact, latency here, submission (hours; resumable)
 	$(BIN)/python benchmarks/tweets.py

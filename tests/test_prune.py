@@ -423,6 +423,30 @@ def test_sparse_files_stay_whole(subjects: Callable[[str], Subject]) -> None:
         prune(subject, PruneSpec("sparse24_gpt", "", 40))
 
 
+def test_a_bias_makes_the_mean_good(subjects: Callable[[str], Subject], tmp_path: Path) -> None:
+    """FLAP's: after it each pruned MLP's mean output is the whole one's, and llama.cpp adds the bias as torch does."""
+    subject = subjects("llama")
+    found, _ = prune(subject, PruneSpec("width_flap", "bias", 40))
+    plain, _ = prune(subject, PruneSpec("width_flap", "", 40))
+    layer = subject.judge.stream.layers[1]
+    mean = subject.evidence.moments[1][1].mean.double()
+    whole = layer.mlp.down_proj.weight.double() @ mean
+    names = [f"model.layers.1.mlp.down_proj.{kind}" for kind in ("weight", "bias")]
+    weight, offset = (found.tensors[name].read().double() for name in names)
+    kept = [
+        int((subject.checkpoint.tensors["model.layers.1.mlp.up_proj.weight"].read() == row).all(1).nonzero())
+        for row in found.tensors["model.layers.1.mlp.up_proj.weight"].read()
+    ]
+    torch.testing.assert_close(weight @ mean[kept] + offset, whole, rtol=1e-3, atol=1e-4)
+    top, kl = in_llama_cpp(found, tmp_path)
+    assert top >= 0.98
+    assert kl < 1e-5
+    assert found.config["mlp_bias"]
+    assert not plain.config["mlp_bias"]
+    with pytest.raises(SlimpiError, match="gemma2 has no bias in its MLPs"):
+        prune(subjects("gemma2"), PruneSpec("width_flap", "bias", 40))
+
+
 def test_distillation_brings_the_model_closer(models: Callable[[str], Checkpoint]) -> None:
     """On text that it has not seen; Gemma too, which no least squares repair."""
     for name in ("gemma2", "llama"):

@@ -17,7 +17,7 @@ import torch
 from device.schema import SlimpiError
 from pipeline.checkpoint import Checkpoint
 from pipeline.progress import Tick, quiet
-from pipeline.prune import depth, distill, hidden, moments, repair, sparse, widths
+from pipeline.prune import bias, depth, distill, hidden, moments, repair, sparse, widths
 from pipeline.prune.cut import Cut, apply, describe, dims_of
 from pipeline.prune.scores import SCORES, Evidence
 from pipeline.prune.stream import Judge, Stream
@@ -99,6 +99,10 @@ def _plain(subject: Subject, pruned: Pruned) -> tuple[Checkpoint, dict[str, Any]
     return apply(subject.checkpoint, pruned.cut, pruned.new), {}
 
 
+def _biased(subject: Subject, pruned: Pruned) -> tuple[Checkpoint, dict[str, Any]]:
+    return bias.compensated(subject.checkpoint, subject.evidence, pruned), {}
+
+
 def _refit(subject: Subject, pruned: Pruned) -> tuple[Checkpoint, dict[str, Any]]:
     begin_s = time.monotonic()
     stream = Stream(subject.checkpoint, subject.fitted, subject.device)
@@ -117,9 +121,10 @@ def _distilled(subject: Subject, pruned: Pruned) -> tuple[Checkpoint, dict[str, 
 
 
 REPAIRS: Mapping[str, Callable[[Subject, Pruned], tuple[Checkpoint, dict[str, Any]]]] = MappingProxyType(
-    {"": _plain, "repair": _refit, "distill": _distilled}
+    {"": _plain, "bias": _biased, "repair": _refit, "distill": _distilled}
 )
-"""What is done with what is left: nothing, least squares, those and a short distillation. With what it cost."""
+"""What is done with what is left: nothing, FLAP's biases, least squares, those and a short distillation. With what it
+cost."""
 
 
 @dataclass(frozen=True)

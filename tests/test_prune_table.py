@@ -1,0 +1,100 @@
+"""benchmarks/prune_table.py: which variants are measured, and what is concluded from rows."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))  # scripts, not a package
+
+import prune_table
+from prune_rows import Maker, PruneRow, SpeedPair, merged, table, verdict_line, verdicts_of
+from quality_rows import Score
+
+from pipeline.variants import parse_variant
+
+
+def row(
+    variant: str, nll: list[float], size: int = 1000, maker: Maker = "slimpi", speed: tuple[float, ...] = ()
+) -> PruneRow:
+    score = Score(
+        corpus="c",
+        corpus_sha256="0" * 64,
+        reference_sha256="0" * 64,
+        n_ctx=8,
+        n_threads=1,
+        n_tokens=100,
+        kld_chunks=[0.1] * len(nll),
+        same_top_chunks=[0.9] * len(nll),
+        nll_chunks=nll,
+        reference_nll_chunks=[3.0] * len(nll),
+        kld_stderr=0.0,
+        kld_median=0.1,
+        kld_p99=0.2,
+        kld_max=0.3,
+        ln_ppl_ratio=0.0,
+        ln_ppl_ratio_stderr=0.0,
+        measured_s=1.0,
+        provenance="host",
+    )
+    return PruneRow(
+        model="m",
+        variant=variant,
+        maker=maker,
+        file_sha256="0" * 64,
+        size_bytes=size,
+        n_weights=size,
+        n_linear_weights=size,
+        score=score,
+        notes=[],
+        speed=[SpeedPair(whole_tps=10.0, pruned_tps=tps) for tps in speed],
+    )
+
+
+def test_every_candidate_is_a_variant() -> None:
+    options = prune_table._parser().parse_args([])
+    names = prune_table.candidates(options)
+    assert len(names) == len(set(names)) == 3 * 2 * (len(prune_table.PRUNERS) + len(prune_table.OTHERS))
+    assert all((spec := parse_variant(name).prune) and spec.percent in (10, 20, 30) for name in names)
+    assert prune_table.candidates(prune_table._parser().parse_args(["--ours", "LAYERS-5-Q8_0"])) == ["LAYERS-5-Q8_0"]
+
+
+def test_the_best_repaired_file_of_their_bytes_is_compared_with_their_best() -> None:
+    rows = [
+        row("F16", [2.0, 2.0], size=1200),
+        row("prune-layers-run-20-F16", [3.0, 3.2], maker="llama-quantize"),
+        row("prune-layers-influence-20-F16", [3.3, 3.5], maker="llama-quantize"),
+        row("LAYERS-20-F16", [2.0, 2.1]),  # not repaired
+        row("WIDTHS+REPAIR-20-F16", [2.2, 2.4], size=1100),  # larger
+        row("WIDTH+REPAIR-20-F16", [2.5, 2.6], size=1001),
+        row("LAYERS+REPAIR-20-F16", [2.8, 2.9]),
+        row("LAYERS+REPAIR-30-F16", [2.9, 2.9]),  # nothing to compare with
+    ]
+    (verdict,) = verdicts_of(rows)
+    assert (verdict.variant, verdict.peer, verdict.percent) == ("WIDTH+REPAIR-20-F16", "prune-layers-run-20-F16", 20)
+    assert verdict.ok
+    assert verdict.high is not None
+    assert verdict.high > -0.55 > (verdict.low or 0)
+    assert "ok" in verdict_line(verdict)
+    (missed,) = verdicts_of([*rows[:3], row("WIDTH+REPAIR-20-F16", [3.1, 3.2])])
+    assert not missed.ok
+
+
+def test_speed_is_the_gain_over_the_share_that_is_gone() -> None:
+    """A fifth less, a quarter faster: 1.25; a fifth less, a tenth faster: 0.5."""
+    whole = row("F16", [2.0], size=1000)
+    fast, slow = (row("LAYERS-20-F16", [2.0], size=800, speed=tps) for tps in ((12.5, 12.5, 9.0), (11.0, 11.0, 11.0)))
+    (verdict,) = verdicts_of([whole, fast])
+    assert (verdict.what, verdict.ok, verdict.ratio) == ("speed", True, pytest.approx(1.25))
+    (verdict,) = verdicts_of([whole, slow])
+    assert (verdict.ok, verdict.ratio) == (False, pytest.approx(0.5))
+
+
+def test_rows_replace_each_other_and_are_listed() -> None:
+    old, new = row("LAYERS-20-GPTQ-Q4_0", [2.0]), row("LAYERS-20-GPTQ-Q4_0", [2.5])
+    rows = merged(merged([row("F16", [2.0])], old), new)
+    assert [r.score.nll_chunks for r in rows] == [[2.0], [2.5]]
+    assert rows[1].percent == 20
+    assert len(table(rows)) == 3
