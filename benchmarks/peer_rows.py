@@ -1,6 +1,6 @@
 """What a comparison with llama.cpp's tools leaves behind, and what is concluded from it. Pure; nothing runs here.
 
-History of peers.json's schema: 1 (2026-11) first version.
+History of peers.json's schema: 1 (2026-11) first version. 2 (2026-11) verdicts have the median's 95 % interval.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ from itertools import accumulate
 from statistics import median
 from typing import Literal
 
+from scipy import stats
+
 from device.schema import Provenance, Record, SlimpiError
 
 MAX_PPL_DIFFERENCE = 0.005
 MIN_SPEED_RATIO = 0.98
-MIN_PAIRS = 5
+MIN_PAIRS, MAX_PAIRS = 8, 40
 
 Tool = Literal["slimpi", "llama-bench"]
 
@@ -88,7 +90,8 @@ class Verdict(Record, frozen=True, kw_only=True):
     """slimpi's figure over the peer's, against its target; recomputable from the rows.
 
     Perplexity: `ratio` of the whole text, lowest and highest over the n running estimates (a compensating pair of
-    errors shows there). Throughput: median, lowest and highest of the n pairs' ratios of medians.
+    errors shows there). Throughput: median, lowest and highest of the n pairs' ratios of medians, and the 95 %
+    interval of that median (`low` to `high`, see `interval_of_median`); the text is one, so perplexity has none.
     """
 
     variant: str
@@ -97,6 +100,8 @@ class Verdict(Record, frozen=True, kw_only=True):
     ratio: float
     ratio_min: float
     ratio_max: float
+    low: float | None = None
+    high: float | None = None
     n: int
     target: str
     ok: bool
@@ -123,7 +128,7 @@ class Conditions(Record, frozen=True, kw_only=True):
 class Peers(Record, frozen=True, kw_only=True):
     """peers.json."""
 
-    schema: Literal[1] = 1
+    schema: Literal[2] = 2
     conditions: Conditions
     perplexity: list[PerplexityRow]
     throughput: list[SpeedRow]
@@ -169,8 +174,29 @@ def _perplexity_verdict(row: PerplexityRow) -> Verdict:
     )
 
 
+def interval_of_median(values: Sequence[float]) -> tuple[float, float]:
+    """The 95 % interval of the median by the sign test: two of the values themselves, -inf or inf for want of values.
+
+    It assumes nothing of their distribution but independence (Conover, Practical Nonparametric Statistics, 3.2).
+    """
+    found = stats.quantile_test(values, p=0.5).confidence_interval(confidence_level=0.95)
+    low, high = float(found.low), float(found.high)
+    return (-math.inf if math.isnan(low) else low), (math.inf if math.isnan(high) else high)
+
+
+def decided(rows: Sequence[SpeedRow]) -> bool:
+    """Whether every test among the rows has MIN_PAIRS pairs and its median's interval lies on one side of the target."""
+    for variant, test in {(row.variant, row.test) for row in rows}:
+        ratios = pair_ratios(rows, variant, test)
+        low, high = interval_of_median(ratios)
+        if len(ratios) < MIN_PAIRS or low < MIN_SPEED_RATIO <= high:
+            return False
+    return bool(rows)
+
+
 def _speed_verdict(rows: Sequence[SpeedRow], variant: str, test: str) -> Verdict:
     ratios = pair_ratios(rows, variant, test)
+    low, high = interval_of_median(ratios)
     return Verdict(
         variant=variant,
         test=test,
@@ -178,6 +204,8 @@ def _speed_verdict(rows: Sequence[SpeedRow], variant: str, test: str) -> Verdict
         ratio=median(ratios),
         ratio_min=min(ratios),
         ratio_max=max(ratios),
+        low=low if math.isfinite(low) else None,
+        high=high if math.isfinite(high) else None,
         n=len(ratios),
         target=f">= {MIN_SPEED_RATIO}, {MIN_PAIRS} pairs or more",
         ok=median(ratios) >= MIN_SPEED_RATIO and len(ratios) >= MIN_PAIRS,

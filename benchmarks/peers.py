@@ -2,7 +2,9 @@
 
 `python benchmarks/peers.py` writes benchmarks/results/<machine>/peers.json, prints a table, and exits 1 if a target
 is missed. Perplexity must agree within 0.5%. Throughput is taken in pairs of runs, slimpi first in one and
-llama-bench first in the next, so that drift cancels; the median of the pairs' ratios must reach 0.98.
+llama-bench first in the next, so that drift cancels; the median of the pairs' ratios must reach 0.98. A model's pairs
+go on until the 95% interval of each median lies on one side of 0.98, but not beyond --pairs: a noisy machine gets
+more of them, and the median decides in the end.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from statistics import median
 import llama_tools
 from bench_common import at_least, command, cpu_model, now, output_options, result_path
 from llama_tools import Build, Wheel
-from peer_rows import MIN_PAIRS, Conditions, Peers, PerplexityRow, SpeedRow, Tool, Verdict, verdicts_of
+from peer_rows import MAX_PAIRS, Conditions, Peers, PerplexityRow, SpeedRow, Tool, Verdict, decided, verdicts_of
 
 from device.schema import (
     Artifact,
@@ -149,10 +151,12 @@ def compare_perplexity(
 
 
 def compare_throughput(tools: Path, model: Model, task: Throughput, pairs: int, threads: int) -> list[SpeedRow]:
-    """`pairs` pairs of runs, the first place alternating; two rows (prefill, decode) a run."""
+    """Pairs of runs until they decide, at most `pairs`, the first place alternating; two rows (prefill, decode) a run."""
     rows: list[SpeedRow] = []
     order: tuple[Tool, Tool] = ("slimpi", "llama-bench")
     for pair in range(pairs):
+        if decided(rows):
+            break
         for place, tool in enumerate(order if pair % 2 == 0 else order[::-1]):
             load, stamp = os.getloadavg()[0], now()
             for n_prompt, n_gen, n_batch, n_ubatch, samples_ns in RUNNERS[tool](tools, model, task, threads):
@@ -226,9 +230,11 @@ def conditions(machine: str, wheel: Wheel, build: Build, start: str, load_before
 
 
 def print_verdicts(verdicts: Sequence[Verdict]) -> None:
-    print(f"\n{'variant':8} {'test':19} {'slimpi / peer':>13} {'lowest':>8} {'highest':>8} {'n':>4}  target")
+    heads = f"{'slimpi / peer':>13} {'95 % interval':>16} {'lowest':>8} {'highest':>8} {'n':>4}"
+    print(f"\n{'variant':8} {'test':19} {heads}  target")
     for v in verdicts:
-        figures = f"{v.ratio:13.5f} {v.ratio_min:8.5f} {v.ratio_max:8.5f} {v.n:4d}"
+        interval = "-" if v.low is None or v.high is None else f"{v.low:.3f} to {v.high:.3f}"
+        figures = f"{v.ratio:13.5f} {interval:>16} {v.ratio_min:8.5f} {v.ratio_max:8.5f} {v.n:4d}"
         print(f"{v.variant:8} {v.test:19} {figures}  {v.target}: {'ok' if v.ok else 'MISSED'}")
 
 
@@ -262,10 +268,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--text", default="wikitext2-test", help="dataset for perplexity, named as in `slimpi bench --text`")
     add("--n-ctx", type=at_least(8), default=512, help="tokens in a chunk (default %(default)s)")
     add("--chunks", type=at_least(0), default=20, help="chunks to score, 0 = all (default %(default)s)")
-    add("--pairs", type=at_least(0), default=MIN_PAIRS, help="pairs of timed runs, 0 = none (default %(default)s)")
+    add("--pairs", type=at_least(0), default=MAX_PAIRS, help="timed pairs of runs at most, 0 = none (default %(default)s)")
     add("--n-prompt", type=at_least(1), default=512, help="tokens of prefill (default %(default)s)")
     add("--n-gen", type=at_least(1), default=128, help="tokens of decode (default %(default)s)")
-    add("--repetitions", type=at_least(1), default=5, help="repetitions in a run (default %(default)s)")
+    add("--repetitions", type=at_least(1), default=3, help="repetitions in a run (default %(default)s)")
     add("--threads", type=at_least(1), default=1, help="inference threads of both (default %(default)s)")
     add("--peers-dir", type=Path, default=Path(__file__).parent / "peers", help="where the tools are, or are built")
     add("--jobs", type=at_least(1), default=os.cpu_count() or 1, help="compiler processes (default %(default)s)")

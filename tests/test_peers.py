@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import sys
 from pathlib import Path
 
@@ -16,7 +17,17 @@ sys.path.insert(0, str(TESTS.parent / "benchmarks"))  # scripts, not a package
 
 import llama_tools  # noqa: E402
 import peers  # noqa: E402
-from peer_rows import Conditions, Peers, PerplexityRow, SpeedRow, Tool, pair_ratios, verdicts_of  # noqa: E402
+from peer_rows import (  # noqa: E402
+    Conditions,
+    Peers,
+    PerplexityRow,
+    SpeedRow,
+    Tool,
+    decided,
+    interval_of_median,
+    pair_ratios,
+    verdicts_of,
+)
 
 GOLDEN = TESTS / "golden"
 FEATURES = "SSE3 SSSE3 AVX AVX2 F16C FMA BMI2 AVX512 AVX512_VBMI AVX512_VNNI AVX512_BF16 LLAMAFILE OPENMP REPACK"
@@ -195,12 +206,57 @@ def test_unlike_or_lone_runs_are_refused() -> None:
         pair_ratios([speed("slimpi", 0, [1]), speed("llama-bench", 0, [1], n_threads=2)], "Q8_0", "tg10")
 
 
-@pytest.mark.parametrize(("ours_ns", "pairs", "ok"), [(1020, 5, True), (1021, 5, False), (1000, 4, False)])
+@pytest.mark.parametrize(("ours_ns", "pairs", "ok"), [(1020, 8, True), (1021, 8, False), (1000, 7, False)])
 def test_speed_target(ours_ns: int, pairs: int, ok: bool) -> None:
-    """1000/1020 = 0.9804 and 1000/1021 = 0.9794; fewer than five pairs never pass."""
+    """1000/1020 = 0.9804 and 1000/1021 = 0.9794; fewer than eight pairs never pass."""
     rows = [speed(tool, p, [ns]) for p in range(pairs) for tool, ns in (("slimpi", ours_ns), ("llama-bench", 1000))]  # type: ignore[arg-type]
     (verdict,) = verdicts_of([], rows)
     assert (verdict.test, verdict.n, verdict.ok) == ("tg10", pairs, ok)
+
+
+def test_interval_of_a_median_is_the_sign_tests() -> None:
+    """Of n values, the k-th smallest and largest with P(Binomial(n, 1/2) < k) <= 2.5 %: the 1st of 8, the 6th of 20."""
+    rng = random.Random(1)
+    for n, k in ((8, 1), (20, 6)):
+        values = [rng.gauss(1, 0.1) for _ in range(n)]
+        assert interval_of_median(values) == (sorted(values)[k - 1], sorted(values)[-k])
+    assert interval_of_median([1.0] * 5) == (-math.inf, math.inf)
+
+
+def paired(ratios: list[float]) -> list[SpeedRow]:
+    return [
+        row
+        for pair, ratio in enumerate(ratios)
+        for row in (speed("slimpi", pair, [1_000_000]), speed("llama-bench", pair, [round(1_000_000 * ratio)]))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("ratios", "enough"),
+    [
+        ([1.0] * 8, True),
+        ([0.9] * 8, True),
+        ([1.0] * 7, False),
+        ([1.0] * 7 + [0.97], False),
+        ([1.0] * 8 + [0.97], True),
+        ([1.0, 0.9] * 20, False),
+        ([], False),
+    ],
+)
+def test_pairs_decide_once_the_interval_leaves_the_target(ratios: list[float], enough: bool) -> None:
+    assert decided(paired(ratios)) is enough
+
+
+def test_pairs_end_when_they_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A peer that is always slower: eight pairs and no more, though forty are allowed."""
+
+    def run(ns: int) -> object:
+        return lambda tools, model, task, threads: [(512, 0, 2048, 512, [ns]), (0, 128, 2048, 512, [ns])]
+
+    monkeypatch.setattr(peers, "RUNNERS", {"slimpi": run(100), "llama-bench": run(120)})
+    (model,) = peers.models_from([f"this={__file__}"], peers.places())
+    rows = peers.compare_throughput(Path(), model, Throughput(), pairs=40, threads=1)
+    assert len(pair_ratios(rows, "this", "pp512")) == 8
 
 
 def test_runs_alternate(monkeypatch: pytest.MonkeyPatch) -> None:
