@@ -6,7 +6,7 @@ llama.cpp would run differently from transformers is refused, never approximated
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import gguf
@@ -25,11 +25,25 @@ class Hparam:
     """One number of config.json and the GGUF keys (after "{arch}.") that carry it.
 
     `absent` is what llama.cpp takes when a GGUF lacks the key; None = the key must be there.
+    `per_layer`: a list with one int a decoder layer, 0 where the layer lacks the part.
     """
 
     config: str
     keys: tuple[str, ...]
     absent: float | None = None
+    per_layer: bool = False
+
+
+@dataclass(frozen=True)
+class Absence:
+    """What a layer lacks if its entry of the per-layer value `config` is 0: tensors by how their names begin.
+
+    instead: the tensors that it has for them.
+    """
+
+    config: str
+    lacks: tuple[str, ...]
+    instead: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -41,6 +55,8 @@ class Architecture:
     `renamed`: prefixes of tensor names in multimodal checkpoints, and what they are in the text model's own.
     `ignored`: patterns of tensors that are no part of the language model, or are recomputed.
     `folds`: input scales that can be hidden in what precedes, in GGUF names without `blk.N.`; see `layer_folds`.
+    `absences`: in this order, what makes a layer unlike the others; none = all layers are alike.
+    `defaults_of`: model_type whose class in transformers fills in what a config.json leaves out; "" = its own.
     """
 
     gguf_arch: gguf.MODEL_ARCH
@@ -58,6 +74,13 @@ class Architecture:
     always_tied: bool = False
     renamed: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = _ROTARY_BUFFERS
+    absences: tuple[Absence, ...] = ()
+    defaults_of: str = ""
+
+    @property
+    def per_layer(self) -> tuple[str, ...]:
+        """The config values that are lists with an entry a decoder layer."""
+        return tuple(hparam.config for hparam in self.hparams if hparam.per_layer)
 
 
 _SIZES = (
@@ -73,6 +96,16 @@ _SIZES = (
 # -1: derived from the other sizes when the key is absent.
 _HEAD = Hparam("head_dim", ("attention.key_length", "attention.value_length"), absent=-1)
 _ROTATED_HEAD = Hparam("head_dim", (*_HEAD.keys, "rope.dimension_count"), absent=-1)
+
+_UNEVEN = ("intermediate_size", "num_attention_heads", "num_key_value_heads")
+_UNEVEN_SIZES = tuple(replace(hparam, per_layer=hparam.config in _UNEVEN) for hparam in _SIZES)
+
+# llama.cpp's src/models/deci.cpp: a layer without key heads multiplies its normed input by one matrix.
+_ABSENCES = (
+    Absence("intermediate_size", ("post_attention_layernorm.", "mlp.")),
+    Absence("num_key_value_heads", ("self_attn.",), {"self_attn.linear_attn.weight": ("d", "d")}),
+    Absence("num_attention_heads", ("input_layernorm.", "self_attn.")),
+)
 
 _LAYER = {
     "input_layernorm.weight": ("d",),
@@ -90,6 +123,7 @@ _QKV_BIAS = {
     "self_attn.k_proj.bias": ("k",),
     "self_attn.v_proj.bias": ("k",),
 }
+_MLP_BIAS = {"mlp.gate_proj.bias": ("f",), "mlp.up_proj.bias": ("f",), "mlp.down_proj.bias": ("d",)}
 _GEMMA_LAYER = {
     **_LAYER,
     "pre_feedforward_layernorm.weight": ("d",),
@@ -114,12 +148,29 @@ ARCHITECTURES = {
         layer_tensors=_LAYER,
         optional_tensors={
             "attention_bias": {**_QKV_BIAS, "self_attn.o_proj.bias": ("d",)},
-            "mlp_bias": {"mlp.gate_proj.bias": ("f",), "mlp.up_proj.bias": ("f",), "mlp.down_proj.bias": ("d",)},
+            "mlp_bias": _MLP_BIAS,
         },
         folds=_FOLDS,
         fixed={"hidden_act": "silu"},
         rope_scalings=("llama3", "linear", "yarn"),
         permuted=("q_proj", "k_proj"),
+    ),
+    "deci": Architecture(
+        gguf_arch=gguf.MODEL_ARCH.DECI,
+        hf_class="UnevenLlamaForCausalLM",  # pipeline.uneven_model's: transformers has no class for it
+        hparams=(*_UNEVEN_SIZES, _ROTATED_HEAD),
+        layer_tensors=_LAYER,
+        optional_tensors={
+            "attention_bias": _QKV_BIAS,
+            "attention_out_bias": {"self_attn.o_proj.bias": ("d",)},
+            "mlp_bias": _MLP_BIAS,
+        },
+        folds=_FOLDS,
+        fixed={"hidden_act": "silu"},
+        rope_scalings=("llama3", "linear", "yarn"),
+        permuted=("q_proj", "k_proj"),
+        absences=_ABSENCES,
+        defaults_of="llama",
     ),
     "qwen2": Architecture(
         gguf_arch=gguf.MODEL_ARCH.QWEN2,
@@ -203,31 +254,46 @@ def model_type_of(gguf_arch: str) -> str:
     return names[gguf_arch]
 
 
+def layer_config(model_type: str, config: Config, index: int) -> Config:
+    """The config as decoder layer `index` has it: its own entry of every per-layer list."""
+    return {**config, **{key: config[key][index] for key in ARCHITECTURES[model_type].per_layer}}
+
+
 def tensor_shapes(model_type: str, config: Config) -> dict[str, tuple[int, ...]]:
     """Every tensor the checkpoint must have, by its Hugging Face name, with its shape."""
-    arch = ARCHITECTURES[model_type]
-    sizes = {
-        "v": config["vocab_size"],
-        "d": config["hidden_size"],
-        "f": config["intermediate_size"],
-        "h": config["head_dim"],
-        "q": config["num_attention_heads"] * config["head_dim"],
-        "k": config["num_key_value_heads"] * config["head_dim"],
-    }
-    layer = dict(arch.layer_tensors)
-    for flag, tensors in arch.optional_tensors.items():
-        layer |= tensors if config[flag] else {}
-    symbols: dict[str, tuple[str, ...]] = {"model.embed_tokens.weight": ("v", "d")}
+    sizes = {"v": config["vocab_size"], "d": config["hidden_size"]}
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (sizes["v"], sizes["d"])}
     for i in range(config["num_hidden_layers"]):
-        symbols |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
-    symbols["model.norm.weight"] = ("d",)
+        own = layer_config(model_type, config, i)
+        sizes |= {
+            "f": own["intermediate_size"],
+            "h": own["head_dim"],
+            "q": own["num_attention_heads"] * own["head_dim"],
+            "k": own["num_key_value_heads"] * own["head_dim"],
+        }
+        for name, symbols in _layer_tensors(ARCHITECTURES[model_type], own).items():
+            shapes[f"model.layers.{i}.{name}"] = tuple(sizes[s] for s in symbols)
+    shapes["model.norm.weight"] = (sizes["d"],)
     if not config["tie_word_embeddings"]:
-        symbols["lm_head.weight"] = ("v", "d")
-    return {name: tuple(sizes[s] for s in shape) for name, shape in symbols.items()}
+        shapes["lm_head.weight"] = (sizes["v"], sizes["d"])
+    return shapes
+
+
+def _layer_tensors(arch: Architecture, own: Config) -> dict[str, tuple[str, ...]]:
+    """Symbolic shapes of the tensors of a layer with this config."""
+    found = dict(arch.layer_tensors)
+    for flag, tensors in arch.optional_tensors.items():
+        found |= tensors if own[flag] else {}
+    for absence in arch.absences:
+        if not own[absence.config]:
+            found = {name: shape for name, shape in found.items() if not name.startswith(absence.lacks)}
+            found |= absence.instead
+    return found
 
 
 def layer_folds(model_type: str, config: Config) -> tuple[Fold, ...]:
-    """The folds of every decoder block of a model with this config, their producers before them in the block."""
+    """The folds of every decoder block of a model with this config, their producers before them in the block. A block
+    that lacks one of a fold's tensors has not got the fold."""
     return tuple(replace(fold, head_size=config["head_dim"]) for fold in ARCHITECTURES[model_type].folds)
 
 
@@ -249,7 +315,8 @@ def row_order(model_type: str, config: Config, name: str) -> np.ndarray | None:
     part = name.split(".")[-2]
     if part not in ARCHITECTURES[model_type].permuted:
         return None
-    heads = config["num_attention_heads" if part == "q_proj" else "num_key_value_heads"]
+    own = layer_config(model_type, config, int(name.split(".")[2]))
+    heads = own["num_attention_heads" if part == "q_proj" else "num_key_value_heads"]
     order = np.arange(heads * config["head_dim"]).reshape(heads, 2, config["head_dim"] // 2)
     return order.swapaxes(1, 2).reshape(-1)
 

@@ -170,15 +170,21 @@ def _complete(model_type: str, config: Config) -> Config:
         config.setdefault("rope_scaling", None if whole.get("rope_type") == "default" else whole)
         if "sliding_attention" in rope:
             config.setdefault("rope_local_base_freq", rope["sliding_attention"].get("rope_theta"))
-    known = {key: value for key, value in config.items() if key not in ("model_type", "transformers_version")}
+    arch = ARCHITECTURES[model_type]
+    ours = {key: config[key] for key in (*arch.per_layer, *arch.optional_tensors) if key in config}
+    apart = ("model_type", "transformers_version", *arch.per_layer)
+    known = {key: value for key, value in config.items() if key not in apart}
     try:
-        full = AutoConfig.for_model(model_type, **known).to_dict()
+        full = AutoConfig.for_model(arch.defaults_of or model_type, **known).to_dict()
+        if config.get("head_dim") is None and arch.per_layer:
+            raise SlimpiError(f"the config.json of this {model_type} lacks head_dim. Give the size of a head.")
         if full.get("head_dim") is None:
             full["head_dim"] = full["hidden_size"] // full["num_attention_heads"]
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
         raise SlimpiError(f"the config.json of this {model_type} is not valid: {error}.") from error
-    full = {key: value for key, value in full.items() if not key.startswith("_")}
-    return {**full, "architectures": [ARCHITECTURES[model_type].hf_class]}
+    full = {key: value for key, value in full.items() if not key.startswith("_") and key not in arch.per_layer}
+    flags = dict.fromkeys(arch.optional_tensors, False)
+    return {**flags, **full, **ours, "model_type": model_type, "architectures": [arch.hf_class]}
 
 
 def _stored_tensors(folder: Path) -> dict[str, StoredTensor]:

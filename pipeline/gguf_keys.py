@@ -10,7 +10,16 @@ import gguf
 import numpy as np
 
 from device.schema import SlimpiError
-from pipeline.architectures import ARCHITECTURES, Config, Hparam, architecture, gguf_names, model_type_of
+from pipeline.architectures import (
+    ARCHITECTURES,
+    Config,
+    Hparam,
+    architecture,
+    gguf_names,
+    layer_config,
+    model_type_of,
+)
+from pipeline.gguf_file import Value
 
 _FLOATS = {
     "attention.layer_norm_rms_epsilon",
@@ -36,25 +45,71 @@ def check_config(model_type: str, config: Config) -> None:
             )
     for hparam in arch.hparams:
         value = config.get(hparam.config)
-        if not isinstance(value, (int, float)) or value <= 0:
+        if not hparam.per_layer and (not isinstance(value, (int, float)) or value <= 0):
             raise SlimpiError(f"the config of this {model_type} has no usable {hparam.config}: {value!r}. Correct it.")
     if config["num_hidden_layers"] > _MAX_LAYERS:
         raise SlimpiError(f"{config['num_hidden_layers']} layers are more than llama.cpp's {_MAX_LAYERS}.")
     if arch.always_tied and not config["tie_word_embeddings"]:
         raise SlimpiError(f"{model_type} with an output matrix of its own does not load in llama.cpp. Tie it.")
-    heads = config["num_attention_heads"]
-    if heads % config["num_key_value_heads"]:
-        raise SlimpiError(f"{heads} attention heads are no multiple of {config['num_key_value_heads']} key heads.")
-    width = heads * config["head_dim"]
-    if model_type == "qwen2" and width != config["hidden_size"]:
+    if arch.per_layer:
+        check_layers(model_type, config)
+    else:
+        _check_heads(config["num_attention_heads"], config["num_key_value_heads"], "")
+    if model_type == "qwen2" and (width := config["num_attention_heads"] * config["head_dim"]) != config["hidden_size"]:
         raise SlimpiError(
-            f"qwen2 with {heads} heads of {config['head_dim']} needs hidden_size {width}, not {config['hidden_size']}."
+            f"qwen2 with {config['num_attention_heads']} heads of {config['head_dim']} needs hidden_size {width}, not "
+            f"{config['hidden_size']}."
         )
     if arch.swa_period:
         if len(config["layer_types"]) != config["num_hidden_layers"]:
             raise SlimpiError(f"layer_types of {model_type} does not name all {config['num_hidden_layers']} layers.")
         _check_attention_scale(model_type, config)
     _rope_kind(model_type, config)
+
+
+def check_layers(model_type: str, config: Config) -> None:
+    """SlimpiError for layers that llama.cpp's src/models/deci.cpp runs otherwise or not at all, and as `check_lists`.
+
+    `pipeline.uneven.runnable` mends what lacks parts.
+    """
+    check_lists(model_type, config)
+    for i in range(int(config["num_hidden_layers"])):
+        _check_layer(layer_config(model_type, config, i), i, "Mend it with pipeline.uneven.runnable.")
+
+
+def check_lists(model_type: str, config: Config) -> None:
+    """SlimpiError if a per-layer value is no list of a whole number from 0 on for each layer."""
+    n_layers = int(config["num_hidden_layers"])
+    for key in ARCHITECTURES[model_type].per_layer:
+        values = config.get(key)
+        if not isinstance(values, list) or len(values) != n_layers:
+            shown = f"{len(values)} entries" if isinstance(values, list) else f"{values!r:.80}"
+            raise SlimpiError(f"{key} of {model_type} is {shown}, not a list of {n_layers} numbers. Give one a layer.")
+        if wrong := [value for value in values if type(value) is not int or value < 0]:
+            raise SlimpiError(f"{key} of {model_type} has the entry {wrong[0]!r:.80}. Give whole numbers from 0 on.")
+
+
+def _check_layer(own: Config, index: int, remedy: str) -> None:
+    heads, kv_heads, width = own["num_attention_heads"], own["num_key_value_heads"], own["intermediate_size"]
+    if kv_heads:
+        _check_heads(heads, kv_heads, f"layer {index}: ")
+    n_biases = heads * own["head_dim"]
+    if own.get("attention_bias") and kv_heads and n_biases != own["hidden_size"]:
+        raise SlimpiError(
+            f"layer {index} has a bias of {n_biases} queries, llama.cpp's deci reads only {own['hidden_size']}. Keep "
+            "all heads of models with attention biases."
+        )
+    if not heads and not width:
+        raise SlimpiError(f"layer {index} has neither attention nor FFN, which llama.cpp does not run. {remedy}")
+    if not heads and not index:
+        raise SlimpiError(f"the first layer lacks attention: llama.cpp takes the head's size from there. {remedy}")
+    if heads and not width:
+        raise SlimpiError(f"layer {index} lacks an FFN: llama.cpp would leave out its attention too. {remedy}")
+
+
+def _check_heads(heads: int, kv_heads: int, where: str) -> None:
+    if not heads or heads % kv_heads:
+        raise SlimpiError(f"{where}{heads} attention heads are no multiple of {kv_heads} key heads.")
 
 
 def _assumed_attention_scalar(model_type: str, config: Config) -> int:
@@ -95,16 +150,19 @@ def _rope_kind(model_type: str, config: Config) -> str:
     return kind
 
 
-def gguf_keys(model_type: str, config: Config) -> dict[str, int | float | str | list[bool]]:
+def gguf_keys(model_type: str, config: Config) -> dict[str, Value]:
     """The architecture's GGUF keys for a checked config. Floats are stored as float32."""
     arch = ARCHITECTURES[model_type]
     prefix = gguf.MODEL_ARCH_NAMES[arch.gguf_arch]
-    keys: dict[str, int | float | str | list[bool]] = {}
+    keys: dict[str, Value] = {}
     keys[f"{prefix}.vocab_size"] = config["vocab_size"]
     for hparam in arch.hparams:
         for key in hparam.keys:
             value = config[hparam.config]
-            keys[f"{prefix}.{key}"] = float(value) if key in _FLOATS else int(value)
+            if hparam.per_layer:
+                keys[f"{prefix}.{key}"] = list(value)
+            else:
+                keys[f"{prefix}.{key}"] = float(value) if key in _FLOATS else int(value)
     kind = _rope_kind(model_type, config)
     if kind in ("linear", "yarn"):
         keys[f"{prefix}.rope.scaling.type"] = kind
@@ -160,12 +218,15 @@ def config_from_keys(
     for hparam in arch.hparams:
         config[hparam.config] = _from_keys(prefix, hparam, keys)
     if config.get("head_dim") in (None, -1):
-        config["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
+        heads = config["num_attention_heads"]
+        config["head_dim"] = config["hidden_size"] // (max(1, *heads[:1], 1) if isinstance(heads, list) else heads)
     if config["num_hidden_layers"] > _MAX_LAYERS:
         raise SlimpiError(f"the GGUF names {config['num_hidden_layers']} layers, llama.cpp allows {_MAX_LAYERS}.")
     for flag, group in arch.optional_tensors.items():
-        names = gguf_names(model_type, [f"model.layers.0.{name}" for name in group], 1)
-        config[flag] = any(name in tensors for name in names.values())
+        # A layer may lack the part that the others' are in.
+        layers = range(config["num_hidden_layers"] if arch.absences else 1)
+        wanted = [f"model.layers.{i}.{name}" for i in layers for name in group]
+        config[flag] = any(name in tensors for name in gguf_names(model_type, wanted, len(layers)).values())
     if arch.swa_period:
         pattern = keys.get(f"{prefix}.attention.sliding_window_pattern", arch.swa_period)
         if isinstance(pattern, int):
@@ -183,10 +244,21 @@ def _from_keys(prefix: str, hparam: Hparam, keys: Mapping[str, Any]) -> Any:
         what = f"contradict each other ({given})" if given else "are missing"
         raise SlimpiError(f"the GGUF's keys {prefix}.{', '.join(hparam.keys)} {what}. Convert the model again.")
     value = given[0] if given else hparam.absent
+    if hparam.per_layer:
+        return _list_from_key(prefix, hparam, value, keys)
     if not isinstance(value, (int, float)) or (given and value <= 0):
         raise SlimpiError(f"the GGUF's key {prefix}.{hparam.keys[0]} is {value!r:.80}, which is not supported.")
     # The shortest decimal that gives the stored float32: 1e-05, not 9.999999747378752e-06.
     return float(str(np.float32(value))) if isinstance(value, float) else value
+
+
+def _list_from_key(prefix: str, hparam: Hparam, value: Any, keys: Mapping[str, Any]) -> list[int]:
+    """A number a layer; llama.cpp takes a single one for all of them."""
+    n_layers = keys[f"{prefix}.block_count"]
+    values = value if isinstance(value, list) else [value] * int(min(n_layers, _MAX_LAYERS))
+    if any(type(v) is not int for v in values):
+        raise SlimpiError(f"the GGUF's key {prefix}.{hparam.keys[0]} is {value!r:.80}, which is not supported.")
+    return values
 
 
 def _scaling_from_keys(

@@ -50,6 +50,7 @@ GAIN_NOISE = 0.1
 """Standard deviations of the weights: more than a step of 8 bits, far less than what would hide their shape."""
 GAIN_ROWS = 128
 _METHOD = "search"
+_TINY = 1e-30
 _COSTS = "costs.json"
 
 
@@ -134,7 +135,8 @@ def gains(
         return dict.fromkeys(candidates, 1.0)
     index = checkpoint.config["num_hidden_layers"] // 2
     layer = read_layer(gguf_tensors(checkpoint), index, (), shop.device)
-    name = min(layer.matrices, key=lambda n: (layer.matrices[n].shape[1], n))
+    filled = [name for name, w in layer.matrices.items() if w.any()] or list(layer.matrices)
+    name = min(filled, key=lambda n: (layer.matrices[n].shape[1], n))
     w = layer.matrices[name][:: max(1, len(layer.matrices[name]) // GAIN_ROWS)]
     noise = torch.randn(w.shape, generator=torch.Generator().manual_seed(0)).to(w.device)
     part = replace(layer, matrices={name: w + GAIN_NOISE * w.std() * noise}, vectors={})
@@ -167,7 +169,7 @@ def _layer_costs(
         step = max(1, w.shape[0] // SAMPLED_ROWS)
         weight = sensitivity[prefix + name][::step].to(w.device)
         # A row's share of the divergence goes with the square of its values: in the row it is counted by any measure.
-        sampled[name] = w[::step] * weight.sqrt()[:, None] / weight.max().sqrt()
+        sampled[name] = w[::step] * weight.sqrt()[:, None] / weight.max().clamp(min=_TINY).sqrt()
         scale[prefix + name] = 0.5 * float(weight.max()) * w.shape[0] / len(weight)
     known = _read_once({name: stats[prefix + name] for name in layer.matrices})
     part = replace(layer, matrices=sampled)

@@ -28,6 +28,8 @@ from pipeline.plan import EMBEDDINGS, OUTPUT
 from pipeline.progress import Tick, quiet
 from pipeline.torch_model import in_transformers
 
+_TINY = 1e-30
+
 
 @dataclass(frozen=True)
 class Term:
@@ -92,7 +94,8 @@ def collect(
     for name, tap in taps.items():
         order = row_order(checkpoint.architecture, checkpoint.config, name)
         rows = tap.rows.cpu() if order is None else tap.rows.cpu()[torch.from_numpy(np.ascontiguousarray(order))]
-        found[name] = (rows / tap.inputs).float()
+        # Where no input ever came no error is felt, as in an FFN of zeros (pipeline.uneven).
+        found[name] = (rows / max(tap.inputs, _TINY)).float()
     names = gguf_names(checkpoint.architecture, list(found), checkpoint.config["num_hidden_layers"])
     return Sensitivity({names[name]: rows for name, rows in found.items()}, ends.terms())
 

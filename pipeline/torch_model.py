@@ -6,7 +6,10 @@ from typing import Any
 
 import torch
 
+from pipeline.architectures import ARCHITECTURES
 from pipeline.checkpoint import Checkpoint
+
+_NAMES = ("model_type", "architectures")
 
 
 def in_transformers(checkpoint: Checkpoint) -> Any:
@@ -14,10 +17,15 @@ def in_transformers(checkpoint: Checkpoint) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.modeling_utils import no_init_weights
 
-    known = {key: value for key, value in checkpoint.config.items() if key not in ("model_type", "architectures")}
-    config = AutoConfig.for_model(checkpoint.architecture, **known)
     with no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+        if ARCHITECTURES[checkpoint.architecture].per_layer:
+            from pipeline.uneven_model import uneven_model
+
+            model = uneven_model(checkpoint.architecture, checkpoint.config)
+        else:
+            known = {key: value for key, value in checkpoint.config.items() if key not in _NAMES}
+            config = AutoConfig.for_model(checkpoint.architecture, **known)
+            model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
     model.tie_weights()
     model.requires_grad_(False).eval()
     for name, parameter in model.named_parameters():

@@ -17,6 +17,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from device.schema import SlimpiError, write_atomic
+from pipeline.architectures import ARCHITECTURES
 from pipeline.checkpoint import Checkpoint
 from pipeline.export.onnx import MAX_PROTOBUF_BYTES, exported
 from pipeline.export.onnx_nbits import DOMAIN, Blockwise
@@ -35,6 +36,11 @@ def export_language(checkpoint: Checkpoint, out_dir: Path) -> Path:
     SlimpiError for more than 2 GiB of fp32 weights, which a file of this kind cannot hold, and for an architecture
     that optimum cannot export.
     """
+    if ARCHITECTURES[checkpoint.architecture].per_layer:
+        raise SlimpiError(
+            f"{checkpoint.origin} has layers that differ ({checkpoint.architecture}): ONNX models have one cache shape "
+            "for all layers. Export to gguf."
+        )
     n_bytes = 4 * sum(int(np.prod(t.shape)) for t in checkpoint.tensors.values())
     if n_bytes > MAX_PROTOBUF_BYTES:
         raise SlimpiError(
