@@ -118,12 +118,12 @@ _LAYER = {
     "mlp.up_proj.weight": ("f", "d"),
     "mlp.down_proj.weight": ("d", "f"),
 }
-_QKV_BIAS = {
+_QKV_BIAS: dict[str, tuple[str, ...]] = {
     "self_attn.q_proj.bias": ("q",),
     "self_attn.k_proj.bias": ("k",),
     "self_attn.v_proj.bias": ("k",),
 }
-_MLP_BIAS = {"mlp.gate_proj.bias": ("f",), "mlp.up_proj.bias": ("f",), "mlp.down_proj.bias": ("d",)}
+_MLP_BIAS: dict[str, tuple[str, ...]] = {"mlp.gate_proj.bias": ("f",), "mlp.up_proj.bias": ("f",), "mlp.down_proj.bias": ("d",)}
 _GEMMA_LAYER = {
     **_LAYER,
     "pre_feedforward_layernorm.weight": ("d",),
@@ -154,23 +154,6 @@ ARCHITECTURES = {
         fixed={"hidden_act": "silu"},
         rope_scalings=("llama3", "linear", "yarn"),
         permuted=("q_proj", "k_proj"),
-    ),
-    "deci": Architecture(
-        gguf_arch=gguf.MODEL_ARCH.DECI,
-        hf_class="UnevenLlamaForCausalLM",  # pipeline.uneven_model's: transformers has no class for it
-        hparams=(*_UNEVEN_SIZES, _ROTATED_HEAD),
-        layer_tensors=_LAYER,
-        optional_tensors={
-            "attention_bias": _QKV_BIAS,
-            "attention_out_bias": {"self_attn.o_proj.bias": ("d",)},
-            "mlp_bias": _MLP_BIAS,
-        },
-        folds=_FOLDS,
-        fixed={"hidden_act": "silu"},
-        rope_scalings=("llama3", "linear", "yarn"),
-        permuted=("q_proj", "k_proj"),
-        absences=_ABSENCES,
-        defaults_of="llama",
     ),
     "qwen2": Architecture(
         gguf_arch=gguf.MODEL_ARCH.QWEN2,
@@ -230,6 +213,23 @@ ARCHITECTURES = {
             ("model.language_model.", "model."),
         ),
         ignored=(*_ROTARY_BUFFERS, "*vision_tower.*", "*multi_modal_projector.*"),
+    ),
+    "deci": Architecture(
+        gguf_arch=gguf.MODEL_ARCH.DECI,
+        hf_class="UnevenLlamaForCausalLM",  # pipeline.uneven_model's: transformers has no class for it
+        hparams=(*_UNEVEN_SIZES, _ROTATED_HEAD),
+        layer_tensors=_LAYER,
+        optional_tensors={
+            "attention_bias": _QKV_BIAS,
+            "attention_out_bias": {"self_attn.o_proj.bias": ("d",)},
+            "mlp_bias": _MLP_BIAS,
+        },
+        folds=_FOLDS,
+        fixed={"hidden_act": "silu"},
+        rope_scalings=("llama3", "linear", "yarn"),
+        permuted=("q_proj", "k_proj"),
+        absences=_ABSENCES,
+        defaults_of="llama",
     ),
 }
 """Hugging Face model_type -> family. Multimodal gemma3 checkpoints are read as their text part, gemma3_text."""

@@ -93,14 +93,8 @@ def _check_layer(own: Config, index: int, remedy: str) -> None:
     heads, kv_heads, width = own["num_attention_heads"], own["num_key_value_heads"], own["intermediate_size"]
     if kv_heads:
         _check_heads(heads, kv_heads, f"layer {index}: ")
-    n_biases = heads * own["head_dim"]
-    if own.get("attention_bias") and kv_heads and n_biases != own["hidden_size"]:
-        raise SlimpiError(
-            f"layer {index} has a bias of {n_biases} queries, llama.cpp's deci reads only {own['hidden_size']}. Keep "
-            "all heads of models with attention biases."
-        )
     if not heads and not width:
-        raise SlimpiError(f"layer {index} has neither attention nor FFN, which llama.cpp does not run. {remedy}")
+        raise SlimpiError(f"layer {index} has neither attention nor FFN: as the last one llama.cpp fails at it. {remedy}")
     if not heads and not index:
         raise SlimpiError(f"the first layer lacks attention: llama.cpp takes the head's size from there. {remedy}")
     if heads and not width:

@@ -158,7 +158,7 @@ def encoder(parts: Parts, plan: Plan) -> Encode:
 
 
 def read_layer(tensors: Mapping[str, Tensor], index: int, folds: tuple[Fold, ...], device: torch.device) -> Layer:
-    """Decoder block `index` of `gguf_tensors` in float32 on the device, with those of the folds whose tensors it has."""
+    """Decoder block `index` of `gguf_tensors` in float32 on the device, with the folds whose tensors it has."""
     block = {_short(n): t.read().float().to(device) for n, t in tensors.items() if n.startswith(f"blk.{index}.")}
     return Layer(
         index,

@@ -40,8 +40,8 @@ def _biases(model_type: str, config: Config) -> dict[str, bool]:
 def as_uneven(checkpoint: Checkpoint) -> Checkpoint:
     """The same model with one entry a layer for heads, key heads and FFN width, so that each may be changed.
 
-    SlimpiError for a family that llama.cpp's deci does not compute. With attention biases all heads must stay: the
-    check is `check_config`'s, once they are changed.
+    SlimpiError for a family that llama.cpp's deci does not compute. Llama and Qwen2 it does: it adds the biases that a
+    file has, and what llama.cpp's Qwen2 rotates otherwise is a matter of the rows' order.
     """
     model_type = checkpoint.architecture
     if model_type == UNEVEN:
@@ -59,16 +59,19 @@ def as_uneven(checkpoint: Checkpoint) -> Checkpoint:
 
 def as_even(checkpoint: Checkpoint) -> Checkpoint:
     """An uneven model as the family with its biases, if all its layers have the same sizes; as it is otherwise."""
-    config, arch = checkpoint.config, ARCHITECTURES[checkpoint.architecture]
-    sizes = {key: config[key][0] for key in arch.per_layer}
-    biases = {key: config.get(key) for key in _BIASES}
+    config, per_layer = checkpoint.config, ARCHITECTURES[checkpoint.architecture].per_layer
+    if not per_layer:
+        return checkpoint
+    sizes = {key: config[key][0] for key in per_layer}
+    biases = {key: config[key] for key in _BIASES}
     family = next((m for m in ("llama", "qwen2") if _biases(m, config) == biases), "")
-    if not sizes or not family or any(config[key] != [size] * len(config[key]) for key, size in sizes.items()):
+    if not family or any(config[key] != [size] * len(config[key]) for key, size in sizes.items()):
         return checkpoint
     whole = sizes["num_attention_heads"] * config["head_dim"] == config["hidden_size"]
     if not all(sizes.values()) or (family == "qwen2" and not whole):
-        return checkpoint
-    changed = {key: value for key, value in config.items() if key != "attention_out_bias"} | sizes
+        return checkpoint  # a part that all layers lack; llama.cpp's Qwen2 takes the size of a head from the hidden one
+    dropped = set(_BIASES) - ARCHITECTURES[family].optional_tensors.keys()
+    changed = {key: value for key, value in config.items() if key not in dropped} | sizes
     return replace(checkpoint, architecture=family, config=_named(family, changed))
 
 
@@ -82,8 +85,8 @@ def runnable(checkpoint: Checkpoint) -> Checkpoint:
 
     A layer without an FFN gets one of zeros, STAND_IN_WIDTH wide: deci.cpp would leave out the attention with it. A
     layer without either is left out and those behind it move up. A first layer without attention gets a head of
-    zeros, with attention biases a matrix of zeros: llama.cpp takes the size of a head from there. Tensors in new
-    places are the same ones renamed. SlimpiError if no layer has any part, or lists that are none.
+    zeros: llama.cpp takes the size of a head from there. Tensors in new places are the same ones renamed. SlimpiError
+    if no layer has any part, and for lists that are none.
     """
     if checkpoint.architecture != UNEVEN:
         return checkpoint
@@ -95,7 +98,7 @@ def runnable(checkpoint: Checkpoint) -> Checkpoint:
         raise SlimpiError("no layer of this model has attention or an FFN left. Prune fewer parts.")
     heads, kv_heads, widths = ([sizes[i] for i in kept] for sizes in (heads, kv_heads, widths))
     if not heads[0]:
-        heads[0], kv_heads[0] = 1, int(not config["attention_bias"])
+        heads[0] = kv_heads[0] = 1
     widths = [width or STAND_IN_WIDTH for width in widths]
     config |= dict(zip(_SIZES, (heads, kv_heads, widths), strict=True)) | {"num_hidden_layers": len(kept)}
     check_layers(UNEVEN, config)
