@@ -123,7 +123,11 @@ _QKV_BIAS: dict[str, tuple[str, ...]] = {
     "self_attn.k_proj.bias": ("k",),
     "self_attn.v_proj.bias": ("k",),
 }
-_MLP_BIAS: dict[str, tuple[str, ...]] = {"mlp.gate_proj.bias": ("f",), "mlp.up_proj.bias": ("f",), "mlp.down_proj.bias": ("d",)}
+_MLP_BIAS: dict[str, tuple[str, ...]] = {
+    "mlp.gate_proj.bias": ("f",),
+    "mlp.up_proj.bias": ("f",),
+    "mlp.down_proj.bias": ("d",),
+}
 _GEMMA_LAYER = {
     **_LAYER,
     "pre_feedforward_layernorm.weight": ("d",),

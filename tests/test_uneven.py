@@ -44,7 +44,11 @@ MODELS: dict[str, dict[str, Any]] = {
     "linear": {HEADS: [4, 4, 1, 2], KV_HEADS: [2, 0, 0, 1], WIDTHS: [160, 96, 160, 64]},
     "linear first and last": {KV_HEADS: [0, 2, 1, 0]},
     "llama3 scaling": {"rope_scaling": BENT, HEADS: [0, 4, 2, 4], KV_HEADS: [0, 2, 2, 1]},
-    "linear scaling": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}, HEADS: [2, 4, 2, 0], KV_HEADS: [2, 2, 2, 0]},
+    "linear scaling": {
+        "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+        HEADS: [2, 4, 2, 0],
+        KV_HEADS: [2, 2, 2, 0],
+    },
     "yarn": {
         "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
         HEADS: [4, 1, 4, 2],
@@ -55,7 +59,13 @@ MODELS: dict[str, dict[str, Any]] = {
     "biased, no attention": {**BIASED, HEADS: [0, 4, 4, 0], KV_HEADS: [0, 2, 0, 0]},
     "one ffn": {HEADS: [0] * 4, KV_HEADS: [0] * 4, WIDTHS: [0, 0, 160, 0]},
     "one attention": {HEADS: [0, 4, 0, 0], KV_HEADS: [0, 2, 0, 0], WIDTHS: [0] * 4},
-    "wide": {"hidden_size": 256, HEADS: [4, 2, 4, 0], KV_HEADS: [4, 2, 0, 0], WIDTHS: [512, 256, 0, 768], "head_dim": 64},
+    "wide": {
+        "hidden_size": 256,
+        HEADS: [4, 2, 4, 0],
+        KV_HEADS: [4, 2, 0, 0],
+        WIDTHS: [512, 256, 0, 768],
+        "head_dim": 64,
+    },
 }
 """What is changed in the config of the tiny llama, whose layers have 4 heads, 2 key heads and 160 wide FFNs."""
 
@@ -310,7 +320,9 @@ def test_onnx_is_refused(make: Make, tmp_path: Path) -> None:
         ({"deci.block_count": 3}, "is 4 entries, not a list of 3"),
     ],
 )
-def test_gguf_keys_that_are_no_lists_are_told(changes: dict[str, Any], message: str, make: Make, tmp_path: Path) -> None:
+def test_gguf_keys_that_are_no_lists_are_told(
+    changes: dict[str, Any], message: str, make: Make, tmp_path: Path
+) -> None:
     model = make("equal")
     keys = {"general.architecture": "deci", **gguf_keys("deci", model.config), **changes}
     with pytest.raises(SlimpiError, match=message):
