@@ -268,12 +268,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--text", default="wikitext2-test", help="dataset for perplexity, named as in `slimpi bench --text`")
     add("--n-ctx", type=at_least(8), default=512, help="tokens in a chunk (default %(default)s)")
     add("--chunks", type=at_least(0), default=20, help="chunks to score, 0 = all (default %(default)s)")
-    add(
-        "--pairs",
-        type=at_least(0),
-        default=MAX_PAIRS,
-        help="timed pairs of runs at most, 0 = none (default %(default)s)",
-    )
+    add("--pairs", type=at_least(0), default=MAX_PAIRS, help="timed pairs of runs at most, 0 = none (default %(default)s)")
     add("--n-prompt", type=at_least(1), default=512, help="tokens of prefill (default %(default)s)")
     add("--n-gen", type=at_least(1), default=128, help="tokens of decode (default %(default)s)")
     add("--repetitions", type=at_least(1), default=3, help="repetitions in a run (default %(default)s)")
