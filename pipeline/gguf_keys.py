@@ -94,9 +94,7 @@ def _check_layer(own: Config, index: int, remedy: str) -> None:
     if kv_heads:
         _check_heads(heads, kv_heads, f"layer {index}: ")
     if not heads and not width:
-        raise SlimpiError(
-            f"layer {index} has neither attention nor FFN: as the last one llama.cpp fails at it. {remedy}"
-        )
+        raise SlimpiError(f"layer {index} has neither attention nor FFN: llama.cpp fails if it is the last. {remedy}")
     if not heads and not index:
         raise SlimpiError(f"the first layer lacks attention: llama.cpp takes the head's size from there. {remedy}")
     if heads and not width:
@@ -105,7 +103,9 @@ def _check_layer(own: Config, index: int, remedy: str) -> None:
 
 def _check_heads(heads: int, kv_heads: int, where: str) -> None:
     if not heads or heads % kv_heads:
-        raise SlimpiError(f"{where}{heads} attention heads are no multiple of {kv_heads} key heads.")
+        raise SlimpiError(
+            f"{where}{heads} attention heads are no multiple of {kv_heads} key heads. Give each key head as many."
+        )
 
 
 def _assumed_attention_scalar(model_type: str, config: Config) -> int:

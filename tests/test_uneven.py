@@ -294,7 +294,7 @@ def test_a_folder_without_the_size_of_a_head_is_refused(make: Make, tmp_path: Pa
     save(make("equal"), tmp_path / "hf")
     path = tmp_path / "hf" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "head_dim": None}))
-    with pytest.raises(SlimpiError, match="lacks head_dim. Give the size of a head"):
+    with pytest.raises(SlimpiError, match=r"lacks head_dim\. Give the size of a head"):
         load(tmp_path / "hf")
 
 
@@ -306,7 +306,7 @@ def test_gemma_does_not_fit(name: str, why: str, tmp_path: Path) -> None:
 
 
 def test_onnx_is_refused(make: Make, tmp_path: Path) -> None:
-    with pytest.raises(SlimpiError, match="layers that differ.*Export to gguf"):
+    with pytest.raises(SlimpiError, match=r"layers that differ.*Export to gguf"):
         export_language(make("widths"), tmp_path)
 
 
