@@ -228,7 +228,7 @@ class Profile(Record, frozen=True, kw_only=True, tag="profile", tag_field="task"
 class Choices(Record, frozen=True, kw_only=True, tag="choices", tag_field="task"):
     """Zero-shot multiple choice, as EleutherAI's lm-evaluation-harness has it: `dataset` holds a Question a line.
 
-    limit: the first so many questions, 0 = all. n_ctx: longer ones lose the beginning of their context.
+    limit: at most the first so many questions, 0 = all. n_ctx: longer ones lose the beginning of their context.
     """
 
     dataset: Dataset
