@@ -127,10 +127,12 @@ def test_a_shared_context_gives_what_each_alone_does(tiny: Tiny, kind: str, monk
     with tiny.open(kind) as model:
         model.open_context(512, task_choices.N_OUTPUTS, rewinds=True)
         plain = [scores(model, question, 512, share=False) for question in QUESTIONS]
-        assert [scores(model, question, 512) for question in QUESTIONS] == pytest.approx(plain, abs=1e-4)
-        monkeypatch.setattr(type(model), "rewind", lambda self, n_tokens: False)
-        assert [scores(model, question, 512) for question in QUESTIONS] == pytest.approx(plain, abs=1e-4)
-        monkeypatch.undo()
+        for question, expected in zip(QUESTIONS, plain, strict=True):
+            assert scores(model, question, 512) == pytest.approx(expected, abs=1e-4)
+        with monkeypatch.context() as patch:
+            patch.setattr(type(model), "rewind", lambda self, n_tokens: False)
+            for question, expected in zip(QUESTIONS, plain, strict=True):
+                assert scores(model, question, 512) == pytest.approx(expected, abs=1e-4)
         monkeypatch.setattr(task_choices, "N_OUTPUTS", 2)
         for question, expected in zip(QUESTIONS, plain, strict=True):
             assert scores(model, question, 512) == pytest.approx(expected, rel=1e-3)
@@ -159,8 +161,8 @@ def test_outcome_by_hand() -> None:
     """Sums favour the short choice, sums a byte the long one; ß is two bytes."""
     question = Question(context="a", choices=["ß", "four"], answer=1)
     assert outcome(question, [-2.0, -3.0]) == (0.0, 1.0, -1.0)
-    assert outcome(question, [-1.4, -3.0])[1] == 0.0
-    assert outcome(question, [-1.6, -3.0])[1] == 1.0, "-1.6 / 2 < -3 / 4 < -1.6 / 1"
+    assert outcome(question, [-1.4, -3.0])[1] == 0.0, "by characters it would be the other: -1.4 / 1 < -3 / 4"
+    assert outcome(question, [-1.6, -3.0])[1] == 1.0
     assert outcome(question, [-3.0, -3.0])[0] == 0.0, "the first of equals"
 
 
