@@ -38,7 +38,7 @@ from pipeline.export.onnx_language import export_language
 FAMILIES = ("llama", "gemma3", "qwen2")
 QUESTIONS = [
     Question(context="Question: What keeps rain out of a house?\nAnswer:", choices=["the roof", "a song"], answer=0),
-    Question(context="The kettle sang before the", choices=["house was up", "yard", "a small sky in puddles"], answer=2),
+    Question(context="The kettle sang before the", choices=["house was up", "yard", "a sky in puddles"], answer=2),
     Question(context="Ends in spaces:  ", choices=["one word", "two more words"], answer=1),
     Question(context=["Rain had come and the cat", "Rain had come and the yard"], choices=["was wet."] * 2, answer=1),
     Question(context=["A", "The long night over the harbour"], choices=["went on and on."] * 2, answer=0),

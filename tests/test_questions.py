@@ -31,6 +31,7 @@ NUMBERED = {"choices": {"text": ["wool", "sand"], "label": ["1", "2"]}, "answerK
 ARC = Question(context="Question: What fills a dune?\nAnswer:", choices=["wool", "sand"], answer=1)
 OPEN = Question(context="A dune is made of", choices=["wool", "sand"], answer=1)
 BOOL = Question(context="Dunes move.\nQuestion: do dunes move?\nAnswer:", choices=["no", "yes"], answer=1)
+SENTENCE = "The dune hid the _ as it grew."
 BLANK = Question(context=["The dune hid the wool", "The dune hid the tent"], choices=["as it grew."] * 2, answer=1)
 SWAG = Question(
     context="Raking sand: A man rakes. The Man", choices=["sleeps. Then he eats.", " stops, at last."], answer=1
@@ -50,8 +51,8 @@ LAYOUTS: list[tuple[str, dict[str, Any], Question]] = [
     ("openbookqa", {"question_stem": "A dune is made of", **LETTERED}, OPEN),
     ("boolq", stored("Dunes move.\nQuestion: do dunes move?\nAnswer:", ["no", "yes"], 1), BOOL),
     ("boolq", {"passage": "Dunes move.", "question": "do dunes move", "answer": True}, BOOL),
-    ("winogrande", stored("The dune hid the _ as it grew.", ["wool", "tent"], 1), BLANK),
-    ("winogrande", {"sentence": "The dune hid the _ as it grew.", "option1": "wool", "option2": "tent", "answer": "2"}, BLANK),
+    ("winogrande", stored(SENTENCE, ["wool", "tent"], 1), BLANK),
+    ("winogrande", {"sentence": SENTENCE, "option1": "wool", "option2": "tent", "answer": "2"}, BLANK),
     ("hellaswag_1000", stored(SWAG.contexts[0], SWAG.choices, 1), SWAG),
 ]  # fmt: skip
 SWAG_ROW = {
@@ -129,7 +130,7 @@ def test_the_real_files_are_read_whole(data_dir: Path, tmp_path: Path, monkeypat
     assert {name: len(read(name, tmp_path)) for name in SETS if SETS[name].path} == COUNTS
     first = read("winogrande", tmp_path)[0]
     assert first.context == [f"Sarah was a much better surgeon than Maria so {who}" for who in ("Sarah", "Maria")]
-    assert all(question.context.endswith("\nAnswer:") for question in read("boolq", tmp_path))  # type: ignore[union-attr]
+    assert all(question.contexts[0].endswith("\nAnswer:") for question in read("boolq", tmp_path))
 
 
 def test_the_projects_own_questions(tmp_path: Path) -> None:
@@ -168,7 +169,8 @@ def test_sets_come_from_the_hub_without_a_data_folder(tmp_path: Path, monkeypatc
         return str(tmp_path / "rows.parquet")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    parquet.write_table(pa.Table.from_pylist([{"question": "What fills a dune?", **LETTERED}]), tmp_path / "rows.parquet")
+    arc = {"question": "What fills a dune?", **LETTERED}
+    parquet.write_table(pa.Table.from_pylist([arc]), tmp_path / "rows.parquet")
     assert read("arc_challenge", tmp_path) == [ARC]
     parquet.write_table(pa.Table.from_pylist([SWAG_ROW]), tmp_path / "rows.parquet")
     assert read("hellaswag", tmp_path)[0].answer == 1
