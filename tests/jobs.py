@@ -86,7 +86,7 @@ def profile(**changes: Any) -> Profile:
 def choices(world: World, questions: list[dict[str, Any]] | None = None, **settings: Any) -> Choices:
     """A file of questions in the world's data folder: three plain ones, and one of WinoGrande's kind."""
     lines = questions or [
-        {"context": "The kettle sang before the", "choices": ["house", "rain was up"], "answer": 1},
+        {"context": "The kettle sang before the", "choices": ["house", "rain was up"], "answer": 0},
         {"context": "Rain had come in the", "choices": ["night.", "yard", "a small sky"], "answer": 0},
         {"context": "The cat walked ", "choices": ["round each of them", "gone"], "answer": 0},
         {"context": ["The house", "The puddle"], "choices": ["held the small skies."] * 2, "answer": 1},

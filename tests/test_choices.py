@@ -42,7 +42,7 @@ QUESTIONS = [
     Question(context="Ends in spaces:  ", choices=["one word", "two more words"], answer=1),
     Question(context=["Rain had come and the cat", "Rain had come and the yard"], choices=["was wet."] * 2, answer=1),
     Question(context=["A", "The long night over the harbour"], choices=["went on and on."] * 2, answer=0),
-    Question(context="Größe? – Ünïcode", choices=["größer", "kleiner", "ß"], answer=1),
+    Question(context="Größe? Ünïcode", choices=["größer", "kleiner", "ß"], answer=1),
 ]
 
 
@@ -123,16 +123,20 @@ def test_scores_equal_transformers_in_float64(tiny: Tiny, kind: str, n_ctx: int)
 
 @pytest.mark.parametrize("kind", ["gguf", "onnx"])
 def test_a_shared_context_gives_what_each_alone_does(tiny: Tiny, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also through a model that cannot go back, and with continuations longer than a batch's outputs."""
+    """Also through a model that cannot go back, and with continuations longer than a batch's outputs.
+
+    Contexts that differ are evaluated in other pieces, which moves what is rounded to a KV cache in F16.
+    """
     with tiny.open(kind) as model:
         model.open_context(512, task_choices.N_OUTPUTS, rewinds=True)
         plain = [scores(model, question, 512, share=False) for question in QUESTIONS]
-        for question, expected in zip(QUESTIONS, plain, strict=True):
-            assert scores(model, question, 512) == pytest.approx(expected, abs=1e-4)
-        with monkeypatch.context() as patch:
-            patch.setattr(type(model), "rewind", lambda self, n_tokens: False)
-            for question, expected in zip(QUESTIONS, plain, strict=True):
-                assert scores(model, question, 512) == pytest.approx(expected, abs=1e-4)
+        for rewinds in (True, False):
+            with monkeypatch.context() as patch:
+                if not rewinds:
+                    patch.setattr(type(model), "rewind", lambda self, n_tokens: False)
+                for question, expected in zip(QUESTIONS, plain, strict=True):
+                    near = {"abs": 1e-4} if kind == "onnx" or isinstance(question.context, str) else {"rel": 1e-4}
+                    assert scores(model, question, 512) == pytest.approx(expected, **near)
         monkeypatch.setattr(task_choices, "N_OUTPUTS", 2)
         for question, expected in zip(QUESTIONS, plain, strict=True):
             assert scores(model, question, 512) == pytest.approx(expected, rel=1e-3)

@@ -20,6 +20,7 @@ from test_compare import report as nll_report
 from device.schema import Choices, Dataset, File, Measurement, Question, Report, SlimpiError, TaskResult
 from pipeline import fit, questions
 from pipeline.compare import answer, rows
+from pipeline.compare_choices import describe_choices
 from pipeline.jobs import bench_settings, describe_questions, tasks_for
 from pipeline.questions import DEMO, SETS, read
 from pipeline.recipes import Bench
@@ -260,10 +261,14 @@ def test_accuracies_are_paired_with_the_references(capsys: pytest.CaptureFixture
     assert third.choices.keys() == {"hard"}
     show(rows(reports))
     said = capsys.readouterr().out
+    assert "easy, zero-shot [95%]" in " ".join(said.split())
     assert "acc 60.0% ±4.9" in said
-    assert "30 worse 2 better" in said
-    assert "no difference" in said
-    assert "(n=100)" in said
+    assert describe_choices(found.choices["hard"]).splitlines() == [
+        "acc 60.0% ±4.9, +0.0 [-2.7, +2.7], 0 worse 0 better no difference",
+        "norm 60.0% ±4.9, +0.0 [-2.7, +2.7], 0 worse 0 better no difference (n=100)",
+    ]
+    assert "30 worse 2 better" in describe_choices(found.choices["easy"])
+    assert describe_choices(third.choices.get("easy")) == "-"
     assert rows(reports)[1].loss == loss, "without a perplexity the first set's accuracy is the quality"
     assert "nothing can be recommended" not in "\n".join(answer(rows(reports)))
 
