@@ -264,8 +264,8 @@ def test_accuracies_are_paired_with_the_references(capsys: pytest.CaptureFixture
     assert "easy, zero-shot [95%]" in " ".join(said.split())
     assert "acc 60.0% ±4.9" in said
     assert describe_choices(found.choices["hard"]).splitlines() == [
-        "acc 60.0% ±4.9, +0.0 [-2.7, +2.7], 0 worse 0 better no difference",
-        "norm 60.0% ±4.9, +0.0 [-2.7, +2.7], 0 worse 0 better no difference (n=100)",
+        "acc 60.0% ±4.9, +0.0 [-1.9, +1.9], 0 worse 0 better no difference",
+        "norm 60.0% ±4.9, +0.0 [-1.9, +1.9], 0 worse 0 better no difference (n=100)",
     ]
     assert "30 worse 2 better" in describe_choices(found.choices["easy"])
     assert describe_choices(third.choices.get("easy")) == "-"
