@@ -55,14 +55,18 @@ def perplexity_of(nll: Measurement) -> tuple[float, float]:
 
 def read_chunks(job: Job, task: Perplexity | RecordLogits, model: LanguageModel) -> Tokens:
     """The text's tokens, (n_chunks, n_ctx) int32; what is left at its end is not scored."""
-    if model.add_eos:
-        raise SlimpiError(
-            f"the tokenizer of {job.artifact.id} ends every text with an end token, which perplexity "
-            "is not defined for. Set tokenizer.ggml.add_eos_token to false."
-        )
+    refuse_eos(job, model, "perplexity")
     tokens = model.tokenize(read_text(job, task.dataset).removesuffix(b"\n"))
     n_chunks = _count_chunks(task, len(tokens))
     return tokens[: n_chunks * task.n_ctx].reshape(n_chunks, task.n_ctx)
+
+
+def refuse_eos(job: Job, model: LanguageModel, what: str) -> None:
+    if model.add_eos:
+        raise SlimpiError(
+            f"the tokenizer of {job.artifact.id} ends every text with an end token, which {what} "
+            "is not defined for. Set tokenizer.ggml.add_eos_token to false."
+        )
 
 
 def n_scored(n_ctx: int) -> int:

@@ -100,10 +100,11 @@ class LlamaModel:
         self._api.llama_sampler_free(self._greedy)
         self._api.llama_model_free(self._model)
 
-    def open_context(self, n_ctx: int, n_outputs: int = 0) -> None:
+    def open_context(self, n_ctx: int, n_outputs: int = 0, rewinds: bool = False) -> None:
         """Replace the context by an empty one of n_ctx tokens.
 
         n_outputs bounds how many positions of one batch give logits (0 = all); a bound saves n_vocab floats each.
+        rewinds: for `rewind`, whose positions a sliding window's small cache would have dropped.
         """
         api = self._api
         self._close_context()
@@ -111,7 +112,7 @@ class LlamaModel:
         params.n_ctx, params.n_batch, params.n_ubatch = n_ctx, N_BATCH, N_UBATCH
         params.n_threads = params.n_threads_batch = self._threads
         params.n_outputs_max, params.n_outputs_max_per_seq = n_outputs, 0
-        params.swa_full = False  # as llama-bench and llama-perplexity; the library's own default differs
+        params.swa_full = rewinds  # False as llama-bench and llama-perplexity; the library's own default differs
         self._context = api.llama_init_from_model(self._model, params)
         if not self._context:
             raise SlimpiError(
@@ -139,9 +140,13 @@ class LlamaModel:
         Yields (position of the first row, rows (n, n_vocab)); the rows are llama.cpp's own memory and hold
         until the next piece is asked for.
         """
+        self._clear()
+        yield from self.extend(tokens, first)
+
+    def extend(self, tokens: Tokens, first: int) -> Iterator[tuple[int, Logits]]:
+        """The same at the sequence's next positions; `first` and the positions yielded count from there."""
         import numpy as np
 
-        self._clear()
         for start in range(0, len(tokens), N_UBATCH):
             piece = _array(ctypes.c_int32, tokens[start : start + N_UBATCH].tolist())
             skip = min(max(first - start, 0), len(piece))
@@ -161,6 +166,11 @@ class LlamaModel:
     def reset(self) -> None:
         """Forget the sequence but leave the cache's memory as it is, as llama-bench does between runs."""
         self._api.llama_memory_clear(self._api.llama_get_memory(self._context), False)
+
+    def rewind(self, n_tokens: int) -> bool:
+        """Forget what comes after the sequence's first n_tokens; False where the model cannot (recurrent ones)."""
+        memory = self._api.llama_get_memory(self._context)
+        return bool(self._api.llama_memory_seq_rm(memory, 0, n_tokens, -1))
 
     def run(self, batches: Sequence[Any]) -> None:
         """Decode batch after batch at the next positions, waiting for each to be computed."""

@@ -74,8 +74,9 @@ class OnnxLanguageModel:
         self._cache.clear()
         self._session.close()
 
-    def open_context(self, n_ctx: int, n_outputs: int = 0) -> None:
-        """An empty sequence of at most n_ctx tokens. n_outputs is llama.cpp's: here logits take what is asked for."""
+    def open_context(self, n_ctx: int, n_outputs: int = 0, rewinds: bool = False) -> None:
+        """An empty sequence of at most n_ctx tokens. The rest is llama.cpp's: here logits take what is asked for, and
+        the cache holds every position."""
         self._n_ctx = n_ctx
         self.reset()
 
@@ -94,12 +95,23 @@ class OnnxLanguageModel:
     def logits(self, tokens: Tokens, first: int) -> Iterator[tuple[int, Logits]]:
         """Evaluate one fresh sequence; (position, rows (n, n_vocab)) of positions >= first, in pieces."""
         self.reset()
+        yield from self.extend(tokens, first)
+
+    def extend(self, tokens: Tokens, first: int) -> Iterator[tuple[int, Logits]]:
+        """The same at the sequence's next positions; `first` and the positions yielded count from there."""
         for start in range(0, len(tokens), N_UBATCH):
             piece = tokens[start : start + N_UBATCH]
             skip = min(max(first - start, 0), len(piece))
             rows = self._evaluate(Batch(piece, skip))
             if len(rows):
                 yield start + skip, rows
+
+    def rewind(self, n_tokens: int) -> bool:
+        """Forget what comes after the sequence's first n_tokens, which it can always do."""
+        for name, value in self._cache.items():
+            self._cache[name] = self._session.value(np.ascontiguousarray(value.numpy()[:, :, :n_tokens]))
+        self._n_past = min(self._n_past, n_tokens)
+        return True
 
     def random_batches(self, n_tokens: int, size: int, seed: int) -> list[Any]:
         """Batches of `size` random tokens, BOS first as the vocabulary says: llama-bench's input."""

@@ -1,7 +1,7 @@
 """The contract between host and device: manifest.json and job.json go out, report.json comes back.
 
 History of SCHEMA_VERSION (a reader refuses versions it does not know):
-  1  2026-11  first version. Tasks added since: record_logits, divergence, profile; fields added since:
+  1  2026-11  first version. Tasks added since: record_logits, divergence, profile, choices; fields added since:
               keyword_column of tweets and record_golden (an older agent refuses a job with them).
 
 Units are part of every name. Raw samples are stored; means and errors are computed when read.
@@ -225,7 +225,43 @@ class Profile(Record, frozen=True, kw_only=True, tag="profile", tag_field="task"
     warmup: Count = 1
 
 
-Task = Perplexity | Throughput | Tweets | Parity | RecordGolden | RecordLogits | Divergence | Profile
+class Choices(Record, frozen=True, kw_only=True, tag="choices", tag_field="task"):
+    """Zero-shot multiple choice, as EleutherAI's lm-evaluation-harness has it: `dataset` holds a Question a line.
+
+    limit: at most the first so many questions, 0 = all. n_ctx: longer ones lose the beginning of their context.
+    """
+
+    dataset: Dataset
+    limit: Count = 0
+    n_ctx: Annotated[int, Meta(ge=8, le=131072)] = 2048
+
+
+class Question(Record, frozen=True, kw_only=True):
+    """A line of a file of questions (JSON). What is scored is a space and a choice, given its context.
+
+    context: one for all choices, or one each (WinoGrande: the sentence up to and with the option; the choices are then
+    all its rest). answer: the right choice, from 0.
+    """
+
+    context: str | list[str]
+    choices: Annotated[list[str], Meta(min_length=2)]
+    answer: Count
+
+    def __post_init__(self) -> None:
+        if self.answer >= len(self.choices):
+            raise ValueError(f"answer {self.answer} is not one of {len(self.choices)} choices, counted from 0")
+        if len(self.contexts) != len(self.choices):
+            raise ValueError(f"{len(self.contexts)} contexts do not go with {len(self.choices)} choices")
+        if not all(text.strip() for text in (*self.contexts, *self.choices)):
+            raise ValueError("a context or a choice is blank")
+
+    @property
+    def contexts(self) -> list[str]:
+        """Of every choice."""
+        return [self.context] * len(self.choices) if isinstance(self.context, str) else self.context
+
+
+Task = Perplexity | Throughput | Tweets | Parity | RecordGolden | RecordLogits | Divergence | Profile | Choices
 
 
 class Job(Record, frozen=True, kw_only=True):

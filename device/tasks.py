@@ -13,6 +13,7 @@ from device.schema import (
     TOKENIZER,
     WORDS,
     Artifact,
+    Choices,
     Divergence,
     Job,
     Measurement,
@@ -71,6 +72,7 @@ TASKS: Mapping[type[Task], TaskSpec] = MappingProxyType(
         RecordGolden: _spec((*LMS, CLASSIFIER), "parity", "run_record_golden", "summarize_record_golden"),
         RecordLogits: _spec(LMS, "divergence", "run_record_logits", "summarize_record_logits"),
         Divergence: _spec(LMS, "divergence", "run_divergence", "summarize_divergence"),
+        Choices: _spec(LMS, "choices", "run_choices", "summarize_choices"),
         Profile: _spec((LM,), "profile", "run_profile", "summarize_profile", timed=True),
     }
 )

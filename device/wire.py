@@ -30,6 +30,10 @@ Series = Literal[
     "same_top",
     "ns_per_weight",
     "product_error",
+    "correct",
+    "correct_norm",
+    "margin",
+    "cut_tokens",
 ]
 
 

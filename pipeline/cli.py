@@ -22,6 +22,7 @@ from pipeline.options import (
     Again,
     Artifacts,
     BuildThreads,
+    ChoiceSets,
     DeviceName,
     Force,
     Governor,
@@ -109,6 +110,7 @@ def bench(
     text: Text = None,
     n_ctx: NCtx = None,
     n_chunks: NChunks = None,
+    choices: ChoiceSets = None,
     n_prompt: NPrompt = None,
     n_gen: NGen = None,
     repetitions: Repetitions = None,
@@ -132,6 +134,7 @@ def bench(
     overrides = _given(
         text=text, n_ctx=n_ctx, n_chunks=n_chunks, n_prompt=n_prompt, n_gen=n_gen, repetitions=repetitions,
         rows=rows, text_column=text_column, label_column=label_column, keyword_column=keyword_column, limit=limit,
+        choices=choices or None,
     )  # fmt: skip
     limits = _Limits(force, timeout, memory_limit_mib, wait_cool, governor, sudo, meter)
     where = places()
@@ -249,6 +252,7 @@ def deploy(
     threads: Threads = 0,
     n_ctx: NCtx = None,
     n_chunks: NChunks = None,
+    choices: ChoiceSets = None,
     n_prompt: NPrompt = None,
     n_gen: NGen = None,
     repetitions: Repetitions = None,
@@ -266,8 +270,9 @@ def deploy(
 ) -> None:
     """Build recipes, run every variant's tasks on devices, and print one comparison table."""
     overrides = _given(
-        n_ctx=n_ctx, n_chunks=n_chunks, n_prompt=n_prompt, n_gen=n_gen, repetitions=repetitions, limit=limit
-    )
+        n_ctx=n_ctx, n_chunks=n_chunks, n_prompt=n_prompt, n_gen=n_gen, repetitions=repetitions, limit=limit,
+        choices=choices or None,
+    )  # fmt: skip
     limits = _Limits(force, timeout, memory_limit_mib, wait_cool, governor, sudo, meter)
     where = places()
     folders = _build(recipes, only, threads, plain, where)

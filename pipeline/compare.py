@@ -8,43 +8,26 @@ on the clock: a busy or throttled machine spoils speed only.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
-from device.schema import Artifact, Measurement, Memory, Report, SlimpiError, TaskResult
+from device.schema import Artifact, Choices, Measurement, Memory, Report, SlimpiError, TaskResult
+from pipeline.compare_choices import ChoiceScores, choice_scores
 from pipeline.energy import Energy, Reading, of_task
+from pipeline.paired import Difference, accuracy_difference, paired_difference
 
-CONFIDENCE = 0.95
 MAX_NATS = 700.0  # exp of more is no float; nothing but a broken model comes near
 # "No difference" recommends a variant only if the interval also rules out a loss as large as this.
 TOLERANCE = {"% ppl": 3.0, "points": 2.0}
 _MUST_EQUAL = (
     *("n_ctx", "n_chunks", "corpus_sha256", "reference_sha256"),
-    *("n_prompt", "n_gen", "batch_size", "n_rows"),
+    *("n_prompt", "n_gen", "batch_size", "n_rows", "n_questions"),
 )
 TIMED_TASKS = ("throughput", "tweets")
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Paired difference to the reference with its 95% interval; `unit` says of what."""
-
-    mean: float
-    low: float
-    high: float
-    n: int
-    unit: str
-    flips_worse: int = 0
-    flips_better: int = 0
-
-    @property
-    def significant(self) -> bool:
-        return not (self.low <= 0.0 <= self.high)
 
 
 @dataclass(frozen=True)
@@ -69,6 +52,7 @@ class Row:
     energy: Energy | None
     kld: Difference | None
     same_top: Measurement | None
+    choices: Mapping[str, ChoiceScores]
     warnings: dict[str, list[str]]
     failures: dict[str, str]
 
@@ -86,39 +70,6 @@ class Row:
         """What more of is better: decoded tokens/s for an LM, tweets/s for a classifier; NaN if not measured."""
         measurement = self.decode or self.tweets_per_s
         return median(measurement.samples) if measurement else math.nan
-
-
-def paired_difference(ours: Sequence[float], reference: Sequence[float], unit: str) -> Difference:
-    """Mean of ours - reference over pairs with its Student-t interval (n - 1 degrees of freedom)."""
-    if len(ours) != len(reference):
-        raise SlimpiError(f"cannot pair {len(ours)} samples with {len(reference)}. Measure both over the same data.")
-    deltas = np.asarray(ours, dtype=np.float64) - np.asarray(reference, dtype=np.float64)
-    n = len(deltas)
-    mean = float(deltas.mean())
-    if n < 2:
-        return Difference(mean, -math.inf, math.inf, n, unit)
-    half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1) * deltas.std(ddof=1) / math.sqrt(n))
-    return Difference(mean, mean - half, mean + half, n, unit)
-
-
-def accuracy_difference(ours: Sequence[float], reference: Sequence[float]) -> Difference:
-    """Difference in accuracy (points) from paired 0/1 outcomes, flips counted.
-
-    Agresti and Min's interval for matched pairs (Statistics in Medicine 2005): Wald after half a pair is added to
-    each of the four cells, so that no flip at all still leaves an interval of honest width.
-    """
-    if len(ours) != len(reference):
-        raise SlimpiError(
-            f"cannot pair {len(ours)} predictions with {len(reference)}. Classify the same rows with both."
-        )
-    worse = sum(a < b for a, b in zip(ours, reference, strict=True))
-    better = sum(a > b for a, b in zip(ours, reference, strict=True))
-    n = len(ours)
-    centre = (better - worse) / (n + 2)
-    variance = ((better + worse + 1) - (better - worse) ** 2 / (n + 2)) / (n + 2) ** 2
-    half = float(stats.norm.ppf(0.5 + CONFIDENCE / 2)) * math.sqrt(variance)
-    mean = 100.0 * (better - worse) / n
-    return Difference(mean, 100.0 * (centre - half), 100.0 * (centre + half), n, "points", worse, better)
 
 
 def perplexity(nll: Measurement) -> tuple[float, float]:
@@ -152,10 +103,11 @@ def conditions_key(report: Report) -> dict[str, Any]:
         "board": f"{facts.board} / {facts.cpu} / {facts.machine}" if facts else "",
     }
     for result in report.results:
+        which = f"{result.task.dataset.name}." if isinstance(result.task, Choices) else ""  # several sets, one metric
         for measurement in result.measurements:
             for name in _MUST_EQUAL:
                 if name in measurement.conditions:
-                    key[f"{measurement.metric}.{name}"] = measurement.conditions[name]
+                    key[f"{which}{measurement.metric}.{name}"] = measurement.conditions[name]
     return key
 
 
@@ -188,14 +140,15 @@ def rows(reports: Sequence[Report], host: str = "", readings: Sequence[Reading] 
 
 def _row(host: str, report: Report, reference: Report | None, readings: Sequence[Reading]) -> Row:
     found = _measurements(report)
-    loss, note = _loss(found, report, reference)
+    choices = choice_scores(report, reference)
+    loss, note = _loss(found, report, reference, choices)
     memories = [r.memory for r in report.results if r.memory]
     timed = [r for r in report.results if _task_name(r) in TIMED_TASKS and r.status == "ok"]
     return Row(
         host=host,
         artifact=report.artifact,
         report=report,
-        quality=found.get("nll") or found.get("accuracy"),
+        quality=found.get("nll") or found.get("accuracy") or next((s.acc for s in choices.values()), None),
         loss=loss,
         loss_note=note,
         prefill=found.get("prefill_tokens_per_s"),
@@ -210,6 +163,7 @@ def _row(host: str, report: Report, reference: Report | None, readings: Sequence
         energy=of_task(timed[0], readings) if timed else None,
         kld=divergence(found["kld"]) if "kld" in found else None,
         same_top=found.get("same_top"),
+        choices=choices,
         # A busy or hot machine changes no logits: what was said of tasks without a clock stays in the report.
         warnings={_task_name(r): r.warnings for r in report.results if r.warnings and _task_name(r) in TIMED_TASKS},
         failures={_task_name(r): r.error for r in report.results if r.status != "ok"},
@@ -224,7 +178,10 @@ def _measurements(report: Report) -> dict[str, Measurement]:
     return {m.metric: m for r in report.results for m in r.measurements}
 
 
-def _loss(found: dict[str, Measurement], report: Report, reference: Report | None) -> tuple[Difference | None, str]:
+def _loss(
+    found: dict[str, Measurement], report: Report, reference: Report | None, choices: Mapping[str, ChoiceScores]
+) -> tuple[Difference | None, str]:
+    """Of the quality that a row shows."""
     if report.artifact.reference:
         return None, "reference"
     if reference is None:
@@ -234,7 +191,10 @@ def _loss(found: dict[str, Measurement], report: Report, reference: Report | Non
         return loss_percent(paired_difference(found["nll"].samples, base["nll"].samples, "nats")), ""
     if "accuracy" in found and "accuracy" in base:
         return accuracy_difference(found["accuracy"].samples, base["accuracy"].samples), ""
-    return None, "quality not measured"
+    if found.keys() & {"nll", "accuracy"} or not choices:
+        return None, "quality not measured"
+    loss = next(iter(choices.values())).loss
+    return loss, "" if loss else "not measured on the reference"
 
 
 def pareto(candidates: Sequence[Row]) -> set[str]:

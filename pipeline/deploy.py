@@ -20,6 +20,7 @@ from typing import Any, cast
 from device import schema
 from device.schema import (
     Artifact,
+    Choices,
     Divergence,
     Done,
     Event,
@@ -333,7 +334,7 @@ def _goods(plan: Plan, places: Places) -> list[Goods]:
 
 
 def _data_files(plan: Plan) -> list[File]:
-    return [task.dataset.file for task in plan.tasks if isinstance(task, Perplexity | Tweets | Divergence)]
+    return [task.dataset.file for task in plan.tasks if isinstance(task, Perplexity | Tweets | Divergence | Choices)]
 
 
 def refuse_if_busy(device: Device, seen: remote.Status, own: set[str]) -> None:

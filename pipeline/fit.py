@@ -17,6 +17,7 @@ from typing import Any
 
 from device.schema import (
     Artifact,
+    Choices,
     Divergence,
     Perplexity,
     Profile,
@@ -32,6 +33,7 @@ MARGIN = 1.05
 """On top of the prediction: its error, and what the system itself needs meanwhile."""
 
 N_UBATCH = 512
+CHOICE_OUTPUTS = 64  # device/choices.py
 CACHE_PAD = 256
 F16_BYTES, F32_BYTES = 2, 4
 
@@ -153,7 +155,7 @@ def _llama(size_bytes: int, task: Task, keys: dict[str, Any], n_vocab: int, n_go
     return Footprint(
         task=_name(task),
         weights_bytes=size_bytes,
-        cache_bytes=cache_bytes(keys, n_ctx),
+        cache_bytes=cache_bytes(keys, n_ctx, windows=not isinstance(task, Choices)),
         compute_bytes=logits + activations,
         base_bytes=base + n_vocab * VOCAB_ENTRY_BYTES,
     )
@@ -163,13 +165,18 @@ def _shape(task: Task, n_golden: int) -> tuple[int, int, int]:
     """(context length, positions of one batch that give logits, rows of logits the task keeps)."""
     if isinstance(task, Perplexity | RecordLogits | Divergence):
         return task.n_ctx, min(task.n_ctx - task.n_ctx // 2, N_UBATCH), 0
+    if isinstance(task, Choices):  # of a context as long as its longest question, which only the device knows
+        return task.n_ctx, CHOICE_OUTPUTS, 0
     if isinstance(task, Throughput):
         return max(task.n_prompt, task.n_gen), 1, 0
     return CACHE_PAD, n_golden, 2 * n_golden
 
 
-def cache_bytes(keys: dict[str, Any], n_ctx: int) -> int:
-    """F16 K and V of every layer; per-layer head counts and sliding windows as the GGUF header tells them."""
+def cache_bytes(keys: dict[str, Any], n_ctx: int, windows: bool = True) -> int:
+    """F16 K and V of every layer; per-layer head counts and sliding windows as the GGUF header tells them.
+
+    windows: layers with one hold no more than it, as everywhere but in the task choices, which goes back.
+    """
     family = str(keys.get("general.architecture", ""))
 
     def key(name: str, default: Any = 0) -> Any:
@@ -183,7 +190,7 @@ def cache_bytes(keys: dict[str, Any], n_ctx: int) -> int:
     cells = _padded(n_ctx)
     window = int(_largest(key("attention.sliding_window")))
     period = WINDOW_PERIOD.get(family)
-    windowed = min(cells, _padded(window + N_UBATCH)) if window and period else cells
+    windowed = min(cells, _padded(window + N_UBATCH)) if windows and window and period else cells
     total = 0
     for layer, count in enumerate(kv_heads):
         whole = not period or (layer + 1) % period == 0

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import msgspec
 
 from device.schema import (
     Artifact,
+    Choices,
     Dataset,
     Divergence,
     File,
@@ -23,8 +26,9 @@ from device.schema import (
     Throughput,
     Tweets,
     sha256_file,
+    write_atomic,
 )
-from pipeline import sources
+from pipeline import questions, sources
 from pipeline.recipes import Bench
 from pipeline.store import Places
 
@@ -48,6 +52,17 @@ def describe_dataset(spec: str, places: Places) -> Dataset:
     return Dataset(name=spec, file=File(path=relative, sha256=sha256, size_bytes=target.stat().st_size))
 
 
+def describe_questions(spec: str, places: Places) -> Dataset:
+    """A set of questions as the device reads it, in the folder that jobs read from."""
+    data = questions.encode_lines(questions.read(spec, places.sources))
+    sha256 = hashlib.sha256(data).hexdigest()
+    relative = f"{sha256[:16]}/questions.jsonl"
+    target = places.datasets / relative
+    if not target.exists() or sha256_file(target) != sha256:
+        write_atomic(target, data)
+    return Dataset(name=spec, file=File(path=relative, sha256=sha256, size_bytes=len(data)))
+
+
 def bench_settings(artifact: Artifact, overrides: dict[str, Any]) -> Bench:
     """The recipe's bench table as recorded in the manifest, with the command line's changes."""
     try:
@@ -67,9 +82,11 @@ def tasks_for(
     """The tasks that fit the artifact, in the order they run; `wanted` narrows them by name.
 
     `divergence` comes ready, since its reference must have been recorded before (recordings.record); so does `profile`,
-    which is about the model's shapes, not the artifact, and runs only where it is wanted by name.
+    which is about the model's shapes, not the artifact, and runs only where it is wanted by name. `choices` is a task
+    for each set; wanted by name without any it asks the project's own few questions.
     """
     tasks: dict[str, Callable[[], Task]]
+    sets = list(dict.fromkeys(bench.choices)) or ([questions.DEMO] if "choices" in (wanted or ()) else [])
     if artifact.task == "lm":
         tasks = {
             "parity": Parity,
@@ -78,6 +95,8 @@ def tasks_for(
                 dataset=describe_dataset(bench.text, places), n_ctx=bench.n_ctx, n_chunks=bench.n_chunks
             ),
         }
+        for spec in sets:
+            tasks[f"choices {spec}"] = partial(_choices, spec, bench.limit, places)
         if divergence:
             tasks["divergence"] = lambda: divergence
         if profile:
@@ -93,7 +112,11 @@ def tasks_for(
                 limit=bench.limit,
             ),
         }
-    chosen = [name for name in tasks if not wanted or name in wanted]
+    chosen = [name for name in tasks if not wanted or name.split()[0] in wanted]
     if not chosen:
         raise SlimpiError(f"none of {wanted} fits {artifact.name}. Its tasks: {', '.join(tasks)}.")
     return [tasks[name]() for name in chosen]
+
+
+def _choices(spec: str, limit: int, places: Places) -> Choices:
+    return Choices(dataset=describe_questions(spec, places), limit=limit)

@@ -61,8 +61,8 @@ TaskNames = Annotated[
     list[str] | None,
     typer.Option(
         "--task",
-        help="Run only this task (repeatable): parity, throughput, perplexity, divergence, tweets; or profile, which "
-        "times products of every format in the model's shapes, for plans that keep a budget of time.",
+        help="Run only this task (repeatable): parity, throughput, perplexity, choices, divergence, tweets; or "
+        "profile, which times products of every format in the model's shapes, for plans that keep a budget of time.",
     ),
 ]
 WithDivergence = Annotated[
@@ -76,6 +76,14 @@ WithDivergence = Annotated[
 Text = Annotated[
     str | None, typer.Option(help="Text for perplexity: demo:NAME, data:PATH, path:FILE, hf:... or a known name.")
 ]
+ChoiceSets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--choices",
+        help="Questions for zero-shot multiple choice (repeatable): arc_easy, arc_challenge, openbookqa, hellaswag, "
+        "hellaswag_1000 (a sample), winogrande, boolq, or a file of questions named like --text.",
+    ),
+]
 Rows = Annotated[str | None, typer.Option(help="Labelled rows (CSV) for tweets, named like --text.")]
 TextColumn = Annotated[str | None, typer.Option(help="Column of --rows that holds the text.")]
 LabelColumn = Annotated[str | None, typer.Option(help="Column of --rows that holds the label.")]
@@ -87,7 +95,7 @@ NChunks = Annotated[int | None, typer.Option(help="Chunks of n_ctx tokens to sco
 NPrompt = Annotated[int | None, typer.Option(help="Tokens of prefill in the throughput task.")]
 NGen = Annotated[int | None, typer.Option(help="Tokens of decode in the throughput task.")]
 Repetitions = Annotated[int | None, typer.Option(help="Repetitions of the throughput task.")]
-Limit = Annotated[int | None, typer.Option(help="Rows of the tweets task to run; 0 = all.")]
+Limit = Annotated[int | None, typer.Option(help="Rows of the tweets task, or questions of each set, to run; 0 = all.")]
 
 TweetTable = Annotated[
     str,

@@ -93,6 +93,8 @@ class Bench(_Config, frozen=True, kw_only=True):
     """What the device runs. Dataset names are resolved by `sources.dataset`.
 
     keyword_column: of `rows` and of the golden dataset, read only for a classifier that asks for keywords; "" = none.
+    choices: sets of questions (pipeline/questions.py); none = the task runs only where it is asked for.
+    limit: of rows, and of each set of questions.
     """
 
     text: str = "demo:prose_test.txt"
@@ -105,6 +107,7 @@ class Bench(_Config, frozen=True, kw_only=True):
     text_column: str = "text"
     label_column: str = "target"
     keyword_column: str = "keyword"
+    choices: list[str] = []
     limit: Count = 0
 
 

@@ -25,6 +25,7 @@ from pipeline.compare import (
     groups,
     pareto,
 )
+from pipeline.compare_choices import describe_choices
 
 PLAIN_WIDTH = 210
 PROVENANCE = {
@@ -50,6 +51,7 @@ def show(rows: Sequence[Row]) -> None:
 def _table(rows: Sequence[Row]) -> Table:
     table = Table(title=Text(_conditions(rows)), title_justify="left", title_style="")
     diverging = any(r.kld for r in rows)
+    sets = list(dict.fromkeys(name for row in rows for name in row.choices))
     for name, justify in (
         ("variant", "left"),
         ("MiB", "right"),
@@ -58,13 +60,14 @@ def _table(rows: Sequence[Row]) -> Table:
         ("quality", "left"),
         ("loss against the reference [95%]", "left"),
         *([("KL divergence [95%]", "left")] if diverging else []),
+        *((f"{name}, zero-shot [95%]", "left") for name in sets),
         ("speed", "left"),
         ("latency", "left"),
         ("load ms", "right"),
         ("peak MiB (anon+file)", "right"),
         ("parity", "left"),
     ):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+        table.add_column(Text(name), justify=justify)  # type: ignore[arg-type]
     has_energy = any(row.energy for row in rows)
     if has_energy:
         table.add_column("energy of the timed task")
@@ -74,12 +77,12 @@ def _table(rows: Sequence[Row]) -> Table:
         table.add_section()
         table.add_row(Text(f"{host}: {model}" if several else model, style="bold"))
         for row in group:
-            cells = _cells(row, row.artifact.id in front, diverging)
+            cells = _cells(row, row.artifact.id in front, diverging, sets)
             table.add_row(*map(Text, cells + ([describe_energy(row)] if has_energy else [])))
     return table
 
 
-def _cells(row: Row, on_front: bool, diverging: bool) -> list[str]:
+def _cells(row: Row, on_front: bool, diverging: bool, sets: Sequence[str]) -> list[str]:
     artifact = row.artifact
     marks = (
         ("*" if on_front else "")
@@ -94,6 +97,7 @@ def _cells(row: Row, on_front: bool, diverging: bool) -> list[str]:
         describe_quality(row),
         describe_loss(row),
         *([describe_divergence(row)] if diverging else []),
+        *(describe_choices(row.choices.get(name)) for name in sets),
         describe_speed(row),
         describe_latency(row),
         f"{row.load_ms:.0f}" if row.load_ms is not None else "-",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from fakes import TEXT, World, artifact
 
 from device import agent
 from device.schema import (
+    Choices,
     Divergence,
     Event,
     Golden,
@@ -81,6 +83,19 @@ def profile(**changes: Any) -> Profile:
     return Profile(**{"products": products, "working_set_mib": 1, "repetitions": 3} | changes)
 
 
+def choices(world: World, questions: list[dict[str, Any]] | None = None, **settings: Any) -> Choices:
+    """A file of questions in the world's data folder: three plain ones, and one of WinoGrande's kind."""
+    lines = questions or [
+        {"context": "The kettle sang before the", "choices": ["house", "rain was up"], "answer": 0},
+        {"context": "Rain had come in the", "choices": ["night.", "yard", "a small sky"], "answer": 0},
+        {"context": "The cat walked ", "choices": ["round each of them", "gone"], "answer": 0},
+        {"context": ["The house", "The puddle"], "choices": ["held the small skies."] * 2, "answer": 1},
+    ]
+    path = world.root / "data" / "questions.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return Choices(dataset=world.dataset(path.name), **settings)
+
+
 FAKES: dict[type, list[Callable[[World], Job]]] = {
     Perplexity: [lambda w: w.job("gguf", [Perplexity(dataset=w.dataset("text.txt"), n_ctx=32, n_chunks=3)])],
     Throughput: [lambda w: w.job("gguf", [Throughput(n_prompt=16, n_gen=8, repetitions=3)])],
@@ -93,6 +108,7 @@ FAKES: dict[type, list[Callable[[World], Job]]] = {
     ],
     RecordLogits: [lambda w: w.job("gguf", [RecordLogits(dataset=w.dataset("text.txt"), n_ctx=32, n_chunks=2)])],
     Divergence: [divergence_job],
+    Choices: [lambda w: w.job("gguf", [choices(w)])],
 }
 
 
