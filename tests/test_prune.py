@@ -412,7 +412,8 @@ def test_sparse_matrices_have_the_pattern(choose: sparse.Sparsify) -> None:
 
 
 def test_sparse_by_what_is_lost() -> None:
-    """E|W x - W' x|^2: Wanda's is less than magnitude's where inputs differ in size, SparseGPT's where they correlate."""
+    """E|W x - W' x|^2: Wanda's is less than magnitude's where inputs differ in size, SparseGPT's less where they
+    correlate."""
     generator = torch.Generator().manual_seed(5)
     weight = torch.randn(16, 64, generator=generator)
     sizes = torch.rand(64, generator=generator) * 2 + 0.1

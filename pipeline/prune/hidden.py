@@ -21,8 +21,8 @@ def hidden(judge: Judge, share: float, tick: Tick = quiet) -> Pruned:
     stream, dims = judge.stream, judge.stream.dims
     if dims.all_or_none:
         raise SlimpiError(
-            f"{stream.checkpoint.origin} has biases of queries, of which llama.cpp reads as many as the hidden state has "
-            "channels: it cannot get narrower. Prune WIDTH or LAYERS."
+            f"{stream.checkpoint.origin} has biases of queries, of which llama.cpp reads as many as the hidden state "
+            "has channels: it cannot get narrower. Prune WIDTH or LAYERS."
         )
     multiple = next((block for block in (256, 32) if dims.hidden % block == 0), 1)
     count = round(dims.hidden * (1 - share) / multiple) * multiple
