@@ -57,6 +57,12 @@ def as_uneven(checkpoint: Checkpoint) -> Checkpoint:
     return replace(checkpoint, architecture=UNEVEN, config=_named(UNEVEN, changed))
 
 
+def keeps_name(family: str, config: Config) -> bool:
+    """Whether llama.cpp loads a model with these sizes, alike in all layers, under its family's own name: a qwen2's
+    heads have to be as wide as its hidden state."""
+    return family != "qwen2" or config["num_attention_heads"] * config["head_dim"] == config["hidden_size"]
+
+
 def as_even(checkpoint: Checkpoint) -> Checkpoint:
     """An uneven model as the family with its biases, if all its layers have the same sizes; as it is otherwise."""
     config, per_layer = checkpoint.config, ARCHITECTURES[checkpoint.architecture].per_layer
@@ -67,8 +73,7 @@ def as_even(checkpoint: Checkpoint) -> Checkpoint:
     family = next((m for m in ("llama", "qwen2") if _biases(m, config) == biases), "")
     if not family or any(config[key] != [size] * len(config[key]) for key, size in sizes.items()):
         return checkpoint
-    whole = sizes["num_attention_heads"] * config["head_dim"] == config["hidden_size"]
-    if not all(sizes.values()) or (family == "qwen2" and not whole):
+    if not all(sizes.values()) or not keeps_name(family, {**config, **sizes}):
         return checkpoint  # a part that all layers lack; llama.cpp's Qwen2 takes the size of a head from the hidden one
     dropped = set(_BIASES) - ARCHITECTURES[family].optional_tensors.keys()
     changed = {key: value for key, value in config.items() if key not in dropped} | sizes

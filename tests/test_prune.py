@@ -86,10 +86,8 @@ def random_cut(checkpoint: Checkpoint, seed: int, even: bool) -> Cut:
     layers = []
     for _ in range(dims.n_layers):
         if not even:
-            n_groups = int(rng.choice(dims.group_levels))
+            n_groups = int(rng.integers(0, dims.groups + 1))
             n_channels = int(rng.integers(0, dims.channels // 32 + 1)) * 32
-        if dims.all_or_none and n_groups:
-            n_groups = dims.groups
         groups = sorted(rng.choice(dims.groups, n_groups, replace=False).tolist())
         layers.append(
             LayerCut(tuple(groups), tuple(sorted(rng.choice(dims.channels, n_channels, replace=False).tolist())))
@@ -134,7 +132,7 @@ def cells() -> list[Any]:
     found = []
     for pruner in (name for name in PRUNERS if not name.startswith("sparse")):
         plain = pruner.partition("_")[2] in (*SCORES, "influence", "run") and pruner not in EVEN
-        families = {"layers": FAMILIES, "width_wanda": FAMILIES, "hidden": ("llama", "gemma2", "gemma3")}
+        families = {"layers": FAMILIES, "width_wanda": FAMILIES, "hidden": FAMILIES}
         for name in families.get(pruner, ("llama", "qwen2")):
             slow = plain or name == "llama-biased"
             found.append(pytest.param(pruner, name, marks=[pytest.mark.slow] if slow else []))
@@ -319,8 +317,6 @@ def test_shares_that_round_to_nothing_are_refused(subjects: Callable[[str], Subj
     for pruner, said in (("layers", "from 25% on"), ("width", "no width is 1% less"), ("hidden", "none or all")):
         with pytest.raises(SlimpiError, match=said):
             prune(subject, PruneSpec(pruner, "", 1))
-    with pytest.raises(SlimpiError, match="cannot get narrower"):
-        prune(subjects("qwen2"), PruneSpec("hidden", "", 50))
     with pytest.raises(SlimpiError, match="one must stay"):
         prune(subject, PruneSpec("layers", "", 99))
 

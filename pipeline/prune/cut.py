@@ -16,7 +16,7 @@ import torch
 from device.schema import SlimpiError
 from pipeline.architectures import ARCHITECTURES, Config, tensor_shapes
 from pipeline.checkpoint import Checkpoint, Tensor, held
-from pipeline.uneven import as_uneven, runnable
+from pipeline.uneven import as_uneven, keeps_name, runnable
 
 ATTENTION = "self_attn.o_proj.weight"
 MLP = "mlp.down_proj.weight"
@@ -48,10 +48,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class Dims:
-    """Sizes of a model whose layers are alike, and what a unit of each kind costs in weights of its matrices.
-
-    all_or_none: a layer keeps all its key-value groups or none, since llama.cpp reads biases of all queries only.
-    """
+    """Sizes of a model whose layers are alike, and what a unit of each kind costs in weights of its matrices."""
 
     n_layers: int
     hidden: int
@@ -59,12 +56,6 @@ class Dims:
     groups: int
     queries_per_group: int
     head: int
-    all_or_none: bool = False
-
-    @property
-    def group_levels(self) -> list[int]:
-        """Numbers of key-value groups that a layer may keep, ascending."""
-        return [0, self.groups] if self.all_or_none else list(range(self.groups + 1))
 
     @property
     def group_weights(self) -> int:
@@ -111,7 +102,6 @@ def dims_of(checkpoint: Checkpoint) -> Dims:
         groups=groups,
         queries_per_group=heads // groups,
         head=config["head_dim"],
-        all_or_none="self_attn.q_proj.bias" in _symbols(checkpoint),
     )
 
 
@@ -162,8 +152,9 @@ def _resized(checkpoint: Checkpoint, dims: Dims, cut: Cut, kept: list[int]) -> C
     base = replace(checkpoint, config=_config(checkpoint.config, dims, cut, kept))
     sizes = [(len(layer.groups) * dims.queries_per_group, len(layer.groups), len(layer.channels)) for layer in layers]
     keys = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
-    if len(set(sizes)) == 1 and all(sizes[0]):
-        return replace(base, config={**base.config, **dict(zip(keys, sizes[0], strict=True))})
+    even = {**base.config, **dict(zip(keys, sizes[0], strict=True))}
+    if len(set(sizes)) == 1 and all(sizes[0]) and keeps_name(base.architecture, even):
+        return replace(base, config=even)
     base = as_uneven(base)
     lists = {key: list(values) for key, values in zip(keys, zip(*sizes, strict=True), strict=True)}
     return replace(base, config={**base.config, **lists})

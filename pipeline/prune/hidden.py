@@ -19,11 +19,6 @@ def hidden(judge: Judge, share: float, tick: Tick = quiet) -> Pruned:
     2024, section 2.2). A norm over fewer channels divides by another root mean square: its gain is scaled by the
     ratio."""
     stream, dims = judge.stream, judge.stream.dims
-    if dims.all_or_none:
-        raise SlimpiError(
-            f"{stream.checkpoint.origin} has biases of queries, of which llama.cpp reads as many as the hidden state "
-            "has channels: it cannot get narrower. Prune WIDTH or LAYERS."
-        )
     multiple = next((block for block in (256, 32) if dims.hidden % block == 0), 1)
     count = round(dims.hidden * (1 - share) / multiple) * multiple
     if not 0 < count < dims.hidden:

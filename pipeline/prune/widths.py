@@ -58,7 +58,7 @@ def uniform_widths(dims: Dims, share: float) -> list[tuple[int, int]]:
     """(groups, channels) of a layer that remove about the share; SlimpiError if rounding leaves nothing to remove."""
     layer = dims.weights(dims.whole) / dims.n_layers
     found = []
-    for groups in [count for count in dims.group_levels if count][::-1]:
+    for groups in range(dims.groups, 0, -1):
         channels = (layer * (1 - share) - groups * dims.group_weights) / dims.channel_weights
         if dims.multiple / 2 <= channels < dims.channels + dims.multiple / 2:
             found.append((groups, rounded(channels, dims.multiple, dims.channels)))
@@ -77,8 +77,7 @@ def uneven_by_score(name: str, judge: Judge, evidence: Evidence, share: float, t
     scores = SCORES[name](evidence, tick)
     units = []
     for index, (groups, channels) in enumerate(scores):
-        if not dims.all_or_none:
-            units += [(value, dims.group_weights, index, 0) for value in _standard(groups)]
+        units += [(value, dims.group_weights, index, 0) for value in _standard(groups)]
         units += [(value, dims.channel_weights, index, 1) for value in _standard(channels)]
     removed, wanted = 0, share * dims.weights(dims.whole)
     kept = [[dims.groups, dims.channels] for _ in range(dims.n_layers)]
@@ -124,7 +123,7 @@ def measured(judge: Judge, evidence: Evidence, share: float, tick: Tick = quiet)
     measuring. Sums of divergences are the best guess there is at that of many cuts at once.
     """
     dims = judge.stream.dims
-    groups, channels = dims.group_levels, levels(dims)
+    groups, channels = list(range(dims.groups + 1)), levels(dims)
     done = _operate(evidence, groups, channels, tick)
     errors, sizes = _measure(judge, done, groups, channels, tick)
     budget = int(dims.weights(dims.whole) * (1 - share))
