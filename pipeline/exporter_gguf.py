@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,18 @@ from pipeline.export import gguf as gguf_export
 from pipeline.export import llama_quantize
 from pipeline.exporter import Context, Exporter, Made, Prepared
 from pipeline.formats import bits_per_weight
+from pipeline.layers import Stats
 from pipeline.methods import METHODS, llama_codes
-from pipeline.planning import budget_of, chosen_plan
+from pipeline.planning import Planned, budget_of, chosen_plan
+from pipeline.prune import PruneSpec
 from pipeline.pruning import pruned_base, told
 from pipeline.recipes import artifact_name
 from pipeline.store import stage
 from pipeline.variants import TYPES, VariantSpec, parse_variant
 
 _NOTES_SHOWN = 3
+AUTO_PERCENTS = (0, 10, 20, 30)
+"""Shares among which AUTO chooses."""
 
 
 def _prepare_gguf(context: Context) -> Prepared:
@@ -59,10 +63,35 @@ def _make_gguf(context: Context, prepared: Prepared, variant: str, folder: Path)
     spec = parse_variant(variant)
     steps = list[Step]()
     if spec.prune:
-        context, prepared, steps = pruned_base(context, prepared, spec.prune)
+        context, prepared, steps = pruned_base(context, prepared, _share_chosen(context, prepared, spec))
     made = _quantize_by_method(context, prepared, spec, out) if spec.method else _by_llama(context, prepared, spec, out)
     pruned = [f"pruned: {told(step.settings)}" for step in steps]
     return replace(made, lineage=[*steps, *made.lineage], notes=[*pruned, *made.notes])
+
+
+def _share_chosen(context: Context, prepared: Prepared, spec: VariantSpec) -> PruneSpec:
+    """The spec's pruning; of one with AUTO, with the share whose pruning as measured and quantizing as predicted lose
+    least under the budget, in memory and, with a profile, in time. They are added as if they were independent.
+
+    SlimpiError if no share fits.
+    """
+    assert spec.prune is not None
+    if spec.prune.percent is not None:
+        return spec.prune
+    losses: dict[float, float] = {}
+    for percent in AUTO_PERCENTS:
+        tried = replace(spec.prune, percent=percent)
+        inner, base, steps = pruned_base(context, prepared, tried)
+        try:
+            plan = _plan(inner, base, spec)
+        except SlimpiError as error:
+            context.progress.say(f"    {tried.name}: {error}")
+            continue
+        losses[percent] = steps[0].settings["kld"] + plan.planned.predicted
+        context.progress.say(f"    {tried.name}: {losses[percent]:.4f} nats a token, pruned and quantized, predicted")
+    if not losses:
+        raise SlimpiError(f"{spec.name} fits with no share of {AUTO_PERCENTS} %. Allow more, or prune more by hand.")
+    return replace(spec.prune, percent=min(losses, key=losses.__getitem__))
 
 
 def _by_llama(context: Context, prepared: Prepared, spec: VariantSpec, out: Path) -> Made:
@@ -98,8 +127,18 @@ def _measured(out: Path, types: dict[str, str]) -> dict[str, Any]:
     }
 
 
-def _quantize_by_method(context: Context, prepared: Prepared, spec: VariantSpec, out: Path) -> Made:
-    """One of METHODS, layer by layer, into the types of a plan."""
+@dataclass(frozen=True)
+class _Plan:
+    """What a method needs to make a model's parts."""
+
+    model: checkpoint.Checkpoint
+    stats: dict[str, Stats]
+    lineage: list[Step]
+    shop: quantize.Workshop
+    planned: Planned
+
+
+def _plan(context: Context, prepared: Prepared, spec: VariantSpec) -> _Plan:
     model = checkpoint.load(prepared.base)
     budget = budget_of(context, prepared.base, spec)
     stats, lineage = stats_for(context, prepared.base, "hessian" if budget else METHODS[spec.method].needs)
@@ -112,7 +151,13 @@ def _quantize_by_method(context: Context, prepared: Prepared, spec: VariantSpec,
         say=context.progress.say,
     )
     planned = chosen_plan(context, prepared, spec, budget, model, stats, shop)
-    plan, shop = planned.plan, replace(shop, outer_key=planned.outer_key)
+    return _Plan(model, stats, lineage, replace(shop, outer_key=planned.outer_key), planned)
+
+
+def _quantize_by_method(context: Context, prepared: Prepared, spec: VariantSpec, out: Path) -> Made:
+    """One of METHODS, layer by layer, into the types of a plan."""
+    made = _plan(context, prepared, spec)
+    model, stats, shop, planned, plan = made.model, made.stats, made.shop, made.planned, made.planned.plan
     with context.progress.step(f"quantize {spec.name}") as tick:
         parts = quantize.quantize_model(model, spec.method, plan, stats | planned.outer, shop, tick)
     _show(context, parts.notes)
@@ -123,10 +168,10 @@ def _quantize_by_method(context: Context, prepared: Prepared, spec: VariantSpec,
         )
     settings = {"method": spec.method, "plan": spec.name.partition("-")[2], "device": shop.device.type}
     step = Step(action="quantize", source="base.gguf", settings=settings)
-    new = [found for found in planned.steps if found not in lineage]
+    new = [found for found in planned.steps if found not in made.lineage]
     return Made(
         **_measured(out, types),
-        lineage=[*lineage, *new, step],
+        lineage=[*made.lineage, *new, step],
         fallbacks=list(plan.fallbacks),
         notes=parts.notes,
         spent=parts.blocks,

@@ -26,10 +26,12 @@ _EMBEDDINGS_BESIDE_A_BUDGET = "Q4_K"
 @dataclass(frozen=True)
 class Planned:
     """A plan, the steps that led to it, and what a budget of a whole file was chosen by: the statistics of the matrices
-    outside the blocks, and the settings that made them."""
+    outside the blocks, and the settings that made them. predicted: of a budget's plan, the divergence in nats a
+    token."""
 
     plan: plans.Plan
     steps: list[Step]
+    predicted: float = math.nan
     outer: dict[str, Stats] = field(default_factory=dict)
     outer_key: Any = None
 
@@ -69,8 +71,8 @@ def chosen_plan(
     if choice.latency_ns is not None:
         context.progress.say(f"    products of a token: {choice.latency_ns / 1e6:.2f} ms predicted")
     if not spec.mib:
-        return Planned(found, [step])
-    return Planned(found, [step], sensitivity.outer_stats(felt), step.settings)
+        return Planned(found, [step], choice.error)
+    return Planned(found, [step], choice.error, sensitivity.outer_stats(felt), step.settings)
 
 
 _HELD_BY = {

@@ -24,6 +24,8 @@ _COSTS = {"repair_s": "least squares", "distill_s": "distillation"}
 def pruned_base(context: Context, prepared: Prepared, spec: PruneSpec) -> tuple[Context, Prepared, list[Step]]:
     """The context and the base that the rest of the variant is built from: its statistics, importance and parts are the
     pruned model's own, since the source's hash in it is the pruned file's. The step tells what stayed."""
+    if spec.percent == 0:
+        return context, prepared, [Step(action="prune", source="base.gguf", settings={"percent": 0, "kld": 0.0})]
     recipe = context.recipe
     text = sources.dataset(recipe.calibration.text, context.places.sources)
     n_ctx = recipe.calibration.n_ctx
@@ -70,6 +72,8 @@ def told(facts: dict[str, Any]) -> str:
         values = [value for value in facts[name] if value] or [0]
         return f"{min(values)}" if min(values) == max(values) else f"{min(values)} to {max(values)}"
 
+    if not facts["percent"]:
+        return "nothing: fewer bits lose less"
     if "share_of_zeros" in facts:
         return f"{100 * facts['share_of_zeros']:.1f} % of the blocks' weights are zeros: nothing gets smaller or faster"
     cost = "".join(f", {facts[key]:.0f} s of {what}" for key, what in _COSTS.items() if key in facts)

@@ -6,7 +6,7 @@ a budget, 3.1bpw over the linear layers, 700MiB for the file, or 700MiB-ctx4096 
 context takes, under which the types are chosen that lose least.
 
 Before either may stand PRUNER-PERCENT- or PRUNER+REPAIR-PERCENT- (WIDTHS+REPAIR-25-Q4_K_M): the model is pruned first,
-by a share of the decoder blocks' weights.
+by a share of the decoder blocks' weights, or with AUTO and a budget by the one of a few that loses least.
 """
 
 from __future__ import annotations
@@ -63,6 +63,8 @@ def parse_variant(name: str) -> VariantSpec:
         inner = parse_variant(rest)
         if inner.prune:
             raise SlimpiError(f"{name!r} prunes twice. Prune once, by more.")
+        if pruning.percent is None and not inner.mib:
+            raise SlimpiError(f"{name!r} chooses how much to prune, which needs a budget: {method}-AUTO-GPTQ-700MiB.")
         return replace(inner, prune=pruning)
     if not dash:
         raise SlimpiError(f"unknown GGUF variant {name!r}. Known: {_known(VARIANTS)}; or METHOD-PLAN: {_help()}")

@@ -287,6 +287,8 @@ def test_wrong_requests_are_told(method: str, percent: str, said: str) -> None:
         ("LAYERS-25-LAYERS-25-Q4_0", "prunes twice"),
         ("LAYERS-25-Q4_9", "unknown GGUF variant 'Q4_9'"),
         ("LAYERZ-25-Q4_0", "pruners, before them: LAYERS_INFLUENCE"),
+        ("LAYERS-AUTO-Q4_0", "needs a budget"),
+        ("LAYERS-AUTO-GPTQ-4.5bpw", "needs a budget"),
     ],
 )
 def test_wrong_variants_are_told(name: str, said: str) -> None:
@@ -373,6 +375,24 @@ def test_pruned_variants_are_built_run_and_named(tmp_path: Path, capsys: pytest.
     capsys.readouterr()
     assert build(msgspec.structs.replace(recipe, variants=variants[:2]), places, Progressor(plain=True)) == folders[:2]
     assert "prune" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("mib", "pruned"), [(0.14, True), (0.6, False)])
+def test_share_and_bits_are_chosen_together(
+    mib: float, pruned: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where the budget leaves no bits for the whole model parts of it go; where all fits none does."""
+    save_tiny("llama-tied", tmp_path / "hf")
+    name = f"WIDTHS-AUTO-SEARCH-{mib}MiB"
+    places = Places(tmp_path / "home")
+    folder = build(tiny_recipe(tmp_path / "hf", ["BF16", name]), places, Progressor(plain=True))[1]
+    artifact = load_artifact(folder)
+    (step,) = (step for step in artifact.lineage if step.action == "prune")
+    assert (step.settings["percent"] > 0) is pruned
+    assert artifact.size_bytes <= mib * 2**20
+    said = capsys.readouterr().err
+    losses = {line.split(":")[0].strip(): float(line.split()[1]) for line in said.splitlines() if "predicted" in line}
+    assert min(losses, key=losses.__getitem__) == f"WIDTHS-{step.settings['percent']:g}"
 
 
 def test_least_squares_on_a_whole_model_changes_nothing_much(subjects: Callable[[str], Subject]) -> None:

@@ -22,6 +22,10 @@ from pipeline.prune.cut import Cut, apply, describe, dims_of
 from pipeline.prune.scores import SCORES, Evidence
 from pipeline.prune.stream import Judge, Stream
 from pipeline.prune.widths import Pruned
+from pipeline.torch_model import in_transformers
+
+AUTO = "AUTO"
+"""In place of a percentage."""
 
 
 @dataclass
@@ -129,16 +133,17 @@ cost."""
 
 @dataclass(frozen=True)
 class PruneSpec:
-    """A key of PRUNERS, one of REPAIRS, and the share of the blocks' weights to remove."""
+    """A key of PRUNERS, one of REPAIRS, and the share of the blocks' weights to remove; None = to be chosen together
+    with the bits, under a budget."""
 
     pruner: str
     repair: str
-    percent: float
+    percent: float | None
 
     @property
     def name(self) -> str:
         repair = f"+{self.repair}" if self.repair else ""
-        return f"{self.pruner}{repair}-{self.percent:g}".upper()
+        return f"{self.pruner}{repair}-{AUTO if self.percent is None else f'{self.percent:g}'}".upper()
 
 
 def parse_prune(method: str, percent: str) -> PruneSpec:
@@ -149,19 +154,23 @@ def parse_prune(method: str, percent: str) -> PruneSpec:
     if plus and not (mend and mend in REPAIRS):
         known = ", ".join(filter(None, REPAIRS)).upper()
         raise SlimpiError(f"unknown repair {mend.upper()!r} after {pruner.upper()}. Known: {known}.")
+    if percent == AUTO:
+        return PruneSpec(pruner, mend, None)
     try:
         share = float(percent)
     except ValueError:
         share = 0.0
     if not 0 < share < 100:
         raise SlimpiError(
-            f"{method}-{percent}: give the percentage of the blocks' weights to remove, above 0, below 100."
+            f"{method}-{percent}: give the percentage of the blocks' weights to remove, above 0, below 100, or {AUTO}."
         )
     return PruneSpec(pruner, mend, share)
 
 
 def prune(subject: Subject, spec: PruneSpec) -> tuple[Checkpoint, dict[str, Any]]:
     """The pruned checkpoint, and what a manifest says of it."""
+    if spec.percent is None:
+        raise ValueError("a share that is still to be chosen")  # a bug of the caller
     dims = dims_of(subject.checkpoint)
     pruned = PRUNERS[spec.pruner](subject, spec.percent / 100)
     facts = {"pruner": spec.pruner, "percent": spec.percent, "repair": spec.repair, **describe(pruned.cut, dims)}
@@ -169,4 +178,5 @@ def prune(subject: Subject, spec: PruneSpec) -> tuple[Checkpoint, dict[str, Any]
         zeros = sum(int((matrix == 0).sum()) for matrix in pruned.new.values())
         facts["share_of_zeros"] = round(zeros / dims.weights(dims.whole), 4)
     found, cost = REPAIRS[spec.repair](subject, pruned)
-    return found, {**facts, **cost}
+    kld = subject.judge.divergence_of_model(in_transformers(found).to(subject.device))
+    return found, {**facts, **cost, "kld": kld}

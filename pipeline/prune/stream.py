@@ -165,6 +165,16 @@ class Judge:
             hidden = self.stream.layer(index, hidden)
         return self.divergence_of(hidden)
 
+    @torch.no_grad()
+    def divergence_of_model(self, model: Any) -> float:
+        """Of another model of transformers, on the same chunks."""
+        total, reference = 0.0, iter(torch.cat(self.reference).split(self.stream.chunks.shape[1]))
+        for chunk, whole in zip(self.stream.chunks, reference, strict=True):
+            mine = torch.log_softmax(model(chunk[None].to(self.stream.device), use_cache=False).logits[0].float(), -1)
+            theirs = whole.to(mine.device)
+            total += float((theirs.exp() * (theirs - mine)).sum(dtype=torch.float64))
+        return total / self.stream.chunks.numel()
+
     def divergence_of(self, hidden: torch.Tensor) -> float:
         """Of the hidden states after the last layer."""
         total = 0.0
