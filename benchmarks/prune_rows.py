@@ -5,11 +5,12 @@ History of prune.json's schema: 1 (2026-11) first version.
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import re
 from collections.abc import Sequence
-from statistics import median
+from statistics import fmean, median
 from typing import Literal
 
 import llama_tools
@@ -33,6 +34,16 @@ class SpeedPair(Record, frozen=True, kw_only=True):
     pruned_tps: float
 
 
+class Accuracy(Record, frozen=True, kw_only=True):
+    """Zero-shot answers to a set of questions, 1 or 0 each, by the harness's acc and acc_norm; the worker's peak."""
+
+    questions: str
+    questions_sha256: str
+    correct: list[float]
+    correct_norm: list[float]
+    peak_rss_bytes: int
+
+
 class PruneRow(Record, frozen=True, kw_only=True):
     """One file. n_linear_weights: in the matrices of the decoder blocks."""
 
@@ -46,6 +57,7 @@ class PruneRow(Record, frozen=True, kw_only=True):
     score: Score
     notes: list[str]
     speed: list[SpeedPair]
+    accuracy: list[Accuracy]
 
     @property
     def percent(self) -> float | None:
@@ -178,15 +190,27 @@ def line(row: PruneRow) -> str:
         speed = f"{median(p.pruned_tps for p in row.speed):7.1f} t/s x{gain:.3f}"
     return (
         f"{row.model:20} {row.variant:32} {row.size_bytes / 2**20:8.1f} {row.n_linear_weights / 1e6:8.1f} "
-        f"{score.perplexity:10.3f} {score.kld:8.4f} [{low:.4f}, {high:.4f}] {100 * score.same_top:6.2f} {speed}"
+        f"{score.perplexity:10.3f} {score.kld:8.4f} [{low:.4f}, {high:.4f}] {100 * score.same_top:6.2f} "
+        f"{_answers(row):28} {speed}"
     )
+
+
+def _answers(row: PruneRow) -> str:
+    """Mean acc_norm over the sets, its standard error, and the peak of memory with them."""
+    if not row.accuracy:
+        return ""
+    means = [fmean(a.correct_norm) for a in row.accuracy]
+    variances = [m * (1 - m) / (len(a.correct_norm) - 1) for m, a in zip(means, row.accuracy, strict=True)]
+    stderr = math.sqrt(sum(variances)) / len(means)
+    peak = max(a.peak_rss_bytes for a in row.accuracy) / 2**20
+    return f"{100 * fmean(means):5.1f} ±{100 * stderr:4.1f} % {peak:7.0f} MiB"
 
 
 def table(rows: Sequence[PruneRow]) -> list[str]:
     """One line a file, by model and by what is left, best first."""
     head = (
         f"{'model':20} {'variant':32} {'MiB':>8} {'M linear':>8} {'perplexity':>10} {'KLD [95 % over chunks]':>25} "
-        f"{'top-1 %':>7} decode"
+        f"{'top-1 %':>7} {'acc_norm, peak RSS':28} decode"
     )
     order = list(dict.fromkeys(row.model for row in rows))
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,13 +25,26 @@ import msgspec
 import peers
 import prune_rows
 from bench_common import at_least, command, output_options, result_path
-from prune_rows import PruneRow, Pruning, SpeedPair
+from prune_rows import Accuracy, PruneRow, Pruning, SpeedPair
 
-from device.schema import Provenance, SlimpiError, Throughput, describe_file, encode, read_record, write_atomic
+from device.schema import (
+    Choices,
+    Job,
+    Provenance,
+    SlimpiError,
+    Throughput,
+    describe_file,
+    encode,
+    read_record,
+    write_atomic,
+)
 from pipeline import checkpoint, quantize, sensitivity, sources
 from pipeline.build import build
+from pipeline.deploy import run_job
+from pipeline.jobs import describe_questions
 from pipeline.progress import Progressor
 from pipeline.prune import Subject, depth
+from pipeline.recordings import sample_ticker
 from pipeline.store import Places, digest, load_artifact, places, whole_folder, write_manifest
 from pipeline.variants import parse_variant
 
@@ -116,7 +130,47 @@ def row_of(
         score=bench_quality.measure(bench, folder, recording),
         notes=[note for note in artifact.notes if note.startswith("pruned:")],
         speed=[],
+        accuracy=[],
     )
+
+
+def accuracy_of(bench: bench_quality.Bench, folder: Path, name: str, options: argparse.Namespace) -> Accuracy:
+    """Zero-shot answers to the first questions of a set, by the agent's own task."""
+    artifact = load_artifact(folder)
+    questions = describe_questions(name, bench.where)
+    with tempfile.TemporaryDirectory(prefix="slimpi-prune-") as work:
+        job = Job(
+            id="prune-choices",
+            artifact=artifact,
+            artifact_dir=str(folder),
+            data_dir=str(bench.where.datasets),
+            work_dir=work,
+            tasks=[Choices(dataset=questions, limit=options.limit)],
+            threads=bench.threads,
+            provenance=HOST,
+        )
+        with bench.progress.step(f"ask {artifact.name} {name}") as tick:
+            result = run_job("local", job, sample_ticker(tick)).results[0]
+    if result.status != "ok":
+        raise SlimpiError(f"{name} failed on {artifact.name}: {result.error}")
+    found = {m.metric: m for m in result.measurements}
+    return Accuracy(
+        questions=name,
+        questions_sha256=questions.file.sha256,
+        correct=found["acc"].samples,
+        correct_norm=found["acc_norm"].samples,
+        peak_rss_bytes=result.worker_peak_rss_bytes,
+    )
+
+
+def _asked(bench: bench_quality.Bench, folder: Path, row: PruneRow, options: argparse.Namespace) -> PruneRow:
+    """The row with the answers to the sets that it lacks, or has of another number of questions."""
+    known = {a.questions: a for a in row.accuracy if not options.limit or len(a.correct) == options.limit}
+    missing = [name for name in options.choices if name not in known]
+    if not missing:
+        return row
+    found = {**known, **{name: accuracy_of(bench, folder, name, options) for name in missing}}
+    return msgspec.structs.replace(row, accuracy=list(found.values()))
 
 
 def _n(shape: tuple[int, ...]) -> int:
@@ -162,13 +216,13 @@ def run(options: argparse.Namespace, where: Places, out: Path) -> Pruning:
         bench = bench_quality.open_bench(path, options, where, progress)
         for percent in () if options.ours else options.percent or PERCENTS:
             for variant, folder in peer_files(bench, percent, options).items():
-                found = _add(found, out, bench, variant, folder, "llama-quantize")
+                found = _add(found, out, bench, variant, folder, "llama-quantize", options)
         for variant in [bench.recipe.reference, *candidates(options)]:
             try:
                 folder = build(bench.recipe, where, progress, os.cpu_count() or 1, [bench.recipe.reference, variant])[
                     -1
                 ]
-                found = _add(found, out, bench, variant, folder, "slimpi")
+                found = _add(found, out, bench, variant, folder, "slimpi", options)
             except SlimpiError as error:
                 progress.say(f"  {bench.recipe.name} {variant} FAILED: {error}")
                 continue
@@ -185,10 +239,16 @@ def run(options: argparse.Namespace, where: Places, out: Path) -> Pruning:
 
 
 def _add(
-    found: Pruning, out: Path, bench: bench_quality.Bench, variant: str, folder: Path, maker: prune_rows.Maker
+    found: Pruning,
+    out: Path,
+    bench: bench_quality.Bench,
+    variant: str,
+    folder: Path,
+    maker: prune_rows.Maker,
+    options: argparse.Namespace,
 ) -> Pruning:
     known = next((r for r in found.rows if (r.model, r.variant) == (bench.recipe.name, variant)), None)
-    row = row_of(bench, variant, folder, maker, known)
+    row = _asked(bench, folder, row_of(bench, variant, folder, maker, known), options)
     if row != known:
         found = msgspec.structs.replace(found, rows=prune_rows.merged(found.rows, row))
         write_atomic(out, encode(found))
@@ -205,6 +265,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--percent", type=at_least(1), action="append", help="of the blocks' weights to remove; default: 10, 20, 30")
     add("--type", default="F16", help="llama-quantize's type of the files (default %(default)s)")
     add("--text", action="append", default=["wikitext2-test"], help=argparse.SUPPRESS)
+    add(
+        "--choices",
+        action="append",
+        default=[],
+        metavar="SET",
+        help="questions to ask zero-shot (repeatable): arc_easy",
+    )
+    add("--limit", type=at_least(0), default=200, help="questions of each set, 0 = all (default %(default)s)")
     add("--n-ctx", type=at_least(8), default=512, help="tokens in a chunk (default %(default)s)")
     add("--chunks", type=at_least(0), default=20, help="chunks to score, 0 = all (default %(default)s)")
     add("--pairs", type=at_least(1), default=8, help="timed pairs of runs (default %(default)s)")

@@ -50,6 +50,7 @@ def row(
         score=score,
         notes=[],
         speed=[SpeedPair(whole_tps=10.0, pruned_tps=tps) for tps in speed],
+        accuracy=[],
     )
 
 
