@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -39,7 +40,7 @@ def influence(judge: Judge, share: float, tick: Tick = quiet) -> Cut:
     eq. 1)."""
     scores = [
         1 - torch.cosine_similarity(before.float(), after.float(), dim=-1).mean().item()
-        for before, after in zip(judge.whole, judge.whole[1:], strict=False)
+        for before, after in pairwise(judge.whole)
     ]
     dims = judge.stream.dims
     order = sorted(range(dims.n_layers), key=lambda index: scores[index])
@@ -102,7 +103,7 @@ def _of(dims: Dims, units: Iterable[_Unit]) -> Cut:
     return cut
 
 
-def _greedy(judge: Judge, units: list[_Unit], enough: object, tick: Tick) -> list[_Unit]:
+def _greedy(judge: Judge, units: list[_Unit], enough: Callable[[list[_Unit]], bool], tick: Tick) -> list[_Unit]:
     """Units in the order they are dropped. Lazy: what a unit cost earlier is taken for a bound of what it costs now
     (Minoux 1978), since losses mostly add up; swaps make good for when they do not."""
     dims = judge.stream.dims
@@ -110,7 +111,7 @@ def _greedy(judge: Judge, units: list[_Unit], enough: object, tick: Tick) -> lis
     chosen: list[_Unit] = []
     cut, now, states = dims.whole, 0.0, judge.whole
     known = dict.fromkeys(units, -1.0)
-    while not enough(chosen):  # type: ignore[operator]
+    while not enough(chosen):
         fresh: set[_Unit] = set()
         while True:
             best = min((u for u in units if u not in chosen), key=lambda unit: known[unit])
