@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from types import MappingProxyType
 from typing import Any
@@ -114,6 +114,12 @@ def _refit(subject: Subject, pruned: Pruned) -> tuple[Checkpoint, dict[str, Any]
     return apply(subject.checkpoint, made.cut, made.new), {"repair_s": round(time.monotonic() - begin_s, 1)}
 
 
+def _patched(subject: Subject, pruned: Pruned) -> tuple[Checkpoint, dict[str, Any]]:
+    cut = repair.patched(pruned.cut)
+    made, cost = _refit(subject, replace(pruned, cut=cut))
+    return made, {**describe(cut, dims_of(subject.checkpoint)), **cost}
+
+
 def _distilled(subject: Subject, pruned: Pruned) -> tuple[Checkpoint, dict[str, Any]]:
     """Refit first where the family allows it."""
     start, facts = (_refit if repair.fits(subject.checkpoint) else _plain)(subject, pruned)
@@ -125,10 +131,10 @@ def _distilled(subject: Subject, pruned: Pruned) -> tuple[Checkpoint, dict[str, 
 
 
 REPAIRS: Mapping[str, Callable[[Subject, Pruned], tuple[Checkpoint, dict[str, Any]]]] = MappingProxyType(
-    {"": _plain, "bias": _biased, "repair": _refit, "distill": _distilled}
+    {"": _plain, "bias": _biased, "repair": _refit, "patch": _patched, "distill": _distilled}
 )
-"""What is done with what is left: nothing, FLAP's biases, least squares, those and a short distillation. With what it
-cost."""
+"""What is done with what is left: nothing, FLAP's biases, least squares; those and a linear layer over every gap, or a
+short distillation. With what it cost."""
 
 
 @dataclass(frozen=True)

@@ -21,18 +21,23 @@ from pipeline.uneven import as_uneven, keeps_name, runnable
 ATTENTION = "self_attn.o_proj.weight"
 MLP = "mlp.down_proj.weight"
 """The matrix that ends each part of a layer."""
+LINEAR = "self_attn.linear_attn.weight"
 
 
 @dataclass(frozen=True)
 class LayerCut:
-    """What one layer keeps, ascending: indices of key-value groups and of MLP channels. () = that part is gone."""
+    """What one layer keeps, ascending: indices of key-value groups and of MLP channels. () = that part is gone.
+
+    linear: in the place of both one matrix (hidden, hidden), LINEAR, of the normalized hidden state.
+    """
 
     groups: tuple[int, ...]
     channels: tuple[int, ...]
+    linear: bool = False
 
     @property
     def gone(self) -> bool:
-        return not self.groups and not self.channels
+        return not self.groups and not self.channels and not self.linear
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,8 @@ class Dims:
         return kept if cut.hidden is None else kept * len(cut.hidden) // self.hidden
 
     def layer_weights(self, layer: LayerCut) -> int:
-        return len(layer.groups) * self.group_weights + len(layer.channels) * self.channel_weights
+        linear = self.hidden**2 if layer.linear else 0
+        return len(layer.groups) * self.group_weights + len(layer.channels) * self.channel_weights + linear
 
     def share_removed(self, cut: Cut) -> float:
         return 1 - self.weights(cut) / self.weights(self.whole)
@@ -150,7 +156,9 @@ def _resized(checkpoint: Checkpoint, dims: Dims, cut: Cut, kept: list[int]) -> C
     """The checkpoint with the config that a cut leaves; its tensors are still the old ones."""
     layers = [cut.layers[index] for index in kept]
     base = replace(checkpoint, config=_config(checkpoint.config, dims, cut, kept))
-    sizes = [(len(layer.groups) * dims.queries_per_group, len(layer.groups), len(layer.channels)) for layer in layers]
+    # Heads without key heads are how deci names a linear layer.
+    heads = [1 if layer.linear else len(layer.groups) * dims.queries_per_group for layer in layers]
+    sizes = [(n, len(layer.groups), len(layer.channels)) for n, layer in zip(heads, layers, strict=True)]
     keys = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
     even = {**base.config, **dict(zip(keys, sizes[0], strict=True))}
     if len(set(sizes)) == 1 and all(sizes[0]) and keeps_name(base.architecture, even):
@@ -218,6 +226,7 @@ def describe(cut: Cut, dims: Dims) -> dict[str, Any]:
     return {
         "layers": sum(not layer.gone for layer in cut.layers),
         "layers_before": dims.n_layers,
+        "linear_layers": sum(layer.linear for layer in cut.layers),
         "kv_groups": [len(layer.groups) for layer in cut.layers],
         "channels": [len(layer.channels) for layer in cut.layers],
         "hidden": dims.hidden if cut.hidden is None else len(cut.hidden),

@@ -18,7 +18,7 @@ from device.schema import SlimpiError
 from pipeline.architectures import ARCHITECTURES
 from pipeline.checkpoint import Checkpoint
 from pipeline.progress import Tick, quiet
-from pipeline.prune.cut import ATTENTION, MLP, Cut, LayerCut, apply, indices_of
+from pipeline.prune.cut import ATTENTION, LINEAR, MLP, Cut, LayerCut, apply, indices_of
 from pipeline.prune.stream import BATCH, Stream
 from pipeline.prune.widths import Pruned
 
@@ -42,8 +42,22 @@ def fits(checkpoint: Checkpoint) -> bool:
     return "post_feedforward_layernorm.weight" not in ARCHITECTURES[checkpoint.architecture].layer_tensors
 
 
+def patched(cut: Cut) -> Cut:
+    """The cut with one linear layer in the place of every run of layers that are gone.
+
+    SlimpiError if none is, or the hidden state is narrower.
+    """
+    firsts = [i for i, layer in enumerate(cut.layers) if layer.gone and not (i and cut.layers[i - 1].gone)]
+    if not firsts or cut.hidden is not None:
+        raise SlimpiError("a patch takes the place of whole layers, and none is gone. Prune LAYERS, or take +REPAIR.")
+    for index in firsts:
+        cut = cut.replaced(index, LayerCut((), (), linear=True))
+    return cut
+
+
 def least_squares(whole: Stream, pruned: Pruned, tick: Tick = quiet) -> Pruned:
-    """The pruned model with its parts' last matrices refit on the stream's chunks. The stream's weights are changed.
+    """The pruned model with its parts' last matrices refit on the stream's chunks, and linear layers fit. The stream's
+    weights are changed.
 
     SlimpiError for families that normalize a part's output before adding it, where the fit is not linear.
     """
@@ -62,15 +76,13 @@ def least_squares(whole: Stream, pruned: Pruned, tick: Tick = quiet) -> Pruned:
         whole.set(pruned.cut)
         state = _Pass(whole, pruned.cut, whole.embedded, dict(pruned.new))
         _install(state)
-    parts = [
-        (index, part)
-        for index, layer in enumerate(state.cut.layers)
-        for part in (0, 1)
-        if (layer.groups, layer.channels)[part]
-    ]
+    kept_parts = [(layer.groups or layer.linear, layer.channels) for layer in state.cut.layers]
+    parts = [(index, part) for index, both in enumerate(kept_parts) for part in (0, 1) if both[part]]
     ends = [2 * index + part for index, part in parts[1:]] + [2 * len(whole.layers)]
     wanted = dict(zip(parts, ends, strict=True))
     for index, layer in enumerate(state.cut.layers):
+        if layer.linear:
+            _fit_linear(state, index, targets[wanted[index, 0]])
         if layer.groups:
             _fit_attention(state, index, layer, targets[wanted[index, 0]])
         if layer.channels:
@@ -156,6 +168,19 @@ def _fit_mlp(state: _Pass, index: int, layer: LayerCut, target: torch.Tensor) ->
     stream_before = out.reshape(-1, out.shape[-1]) - x @ before.T
     _fit(state, index, 1, layer, x, target.reshape(-1, target.shape[-1]) - stream_before)
     state.hidden = (stream_before + x @ module.weight.detach().cpu().T).reshape(out.shape)
+
+
+@torch.no_grad()
+def _fit_linear(state: _Pass, index: int, target: torch.Tensor) -> None:
+    """A linear layer from nothing: it sees the hidden state through the norm of the layer that it replaces."""
+    norm, width = state.stream.layers[index].input_layernorm, target.shape[-1]
+    rows = state.hidden.reshape(-1, width)
+    x = torch.cat([norm(part.to(state.stream.device)).cpu() for part in rows.split(4096)])
+    old = torch.zeros(width, width)
+    fitted = ridge(x, target.reshape(-1, width) - rows, old)
+    matrix = old if fitted is None else fitted
+    state.new[f"model.layers.{index}.{LINEAR}"] = matrix
+    state.hidden = (rows + x @ matrix.T).reshape(target.shape)
 
 
 def _fit(state: _Pass, index: int, part: int, layer: LayerCut, x: torch.Tensor, wanted: torch.Tensor) -> None:
