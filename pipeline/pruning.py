@@ -13,11 +13,13 @@ from device.schema import Step, sha256_file
 from pipeline import checkpoint, quantize, sensitivity, sources
 from pipeline.export import gguf as gguf_export
 from pipeline.exporter import Context, Prepared
-from pipeline.prune import PruneSpec, Subject, prune
+from pipeline.progress import Tick
+from pipeline.prune import PruneSpec, Subject, choose, finish
+from pipeline.prune.choice import load_pruned, save_pruned
 from pipeline.store import digest, stage
 
 _MEASURED_CTX = 256
-_FACTS = "prune.json"
+_FACTS, _CHOICE = "prune.json", "choice.npz"
 _COSTS = {"repair_s": "least squares", "distill_s": "distillation"}
 
 
@@ -34,32 +36,41 @@ def pruned_base(context: Context, prepared: Prepared, spec: PruneSpec) -> tuple[
         "n_ctx": n_ctx,
         "text_sha256": sha256_file(text),
     }
-    key = ["prune", context.source.sha256, spec.name, settings]
+    key = ["prune", context.source.sha256, settings]
+    plain = replace(spec, repair="")
     name = f"{recipe.name}-{spec.name.lower().replace('+', '_')}"
 
+    def subject(tick: Tick) -> Subject:
+        model = checkpoint.load(prepared.base)
+        return Subject(
+            model,
+            measured=sensitivity.cut(model, text, min(_MEASURED_CTX, n_ctx), 0)[: recipe.prune.measured],
+            fitted=sensitivity.cut(model, text, n_ctx, 0)[: recipe.prune.fitted],
+            device=quantize.compute_device(),
+            tick=tick,
+            taught=sensitivity.cut(model, text, n_ctx, 0)[: 2 * recipe.prune.distill_steps],
+            distill_steps=recipe.prune.distill_steps,
+        )
+
+    def make_choice(folder: Path) -> None:
+        with context.progress.step(f"choose what goes by {plain.name}") as tick:
+            save_pruned(folder / _CHOICE, choose(subject(tick), plain))
+
     def make(folder: Path) -> None:
+        # The choice is the same with every repair, and the longer part.
+        choice = stage(
+            context.places.stages, f"{recipe.name}-choice", [*key, plain.name], make_choice, context.progress.say
+        )
         with context.progress.step(f"prune {spec.name}") as tick:
-            model = checkpoint.load(prepared.base)
-            subject = Subject(
-                model,
-                measured=sensitivity.cut(model, text, min(_MEASURED_CTX, settings["n_ctx"]), 0)[
-                    : recipe.prune.measured
-                ],
-                fitted=sensitivity.cut(model, text, settings["n_ctx"], 0)[: recipe.prune.fitted],
-                device=quantize.compute_device(),
-                tick=tick,
-                taught=sensitivity.cut(model, text, n_ctx, 0)[: 2 * recipe.prune.distill_steps],
-                distill_steps=recipe.prune.distill_steps,
-            )
-            pruned, facts = prune(subject, spec)
+            pruned, facts = finish(subject(tick), spec, load_pruned(choice / _CHOICE))
             gguf_export.export_gguf(pruned, folder / "base.gguf", "auto")
             (folder / _FACTS).write_text(json.dumps(facts))
 
-    folder = stage(context.places.stages, name, key, make, context.progress.say)
+    folder = stage(context.places.stages, name, [*key, spec.name], make, context.progress.say)
     facts = json.loads((folder / _FACTS).read_text())
     context.progress.say(f"    {told(facts)}")
     base = folder / "base.gguf"
-    source = replace(context.source, path=base, sha256=digest(key))
+    source = replace(context.source, path=base, sha256=digest([*key, spec.name]))
     steps = [Step(action="prune", source="base.gguf", settings={**facts, **settings, "text": recipe.calibration.text})]
     named = msgspec.structs.replace(recipe, name=name)
     return replace(context, recipe=named, source=source), replace(prepared, base=base), steps

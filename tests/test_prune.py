@@ -24,7 +24,8 @@ from pipeline.build import build
 from pipeline.checkpoint import Checkpoint, load
 from pipeline.export.gguf import export_gguf
 from pipeline.progress import Progressor, quiet
-from pipeline.prune import PRUNERS, PruneSpec, Subject, depth, distill, parse_prune, prune, sparse
+from pipeline.prune import PRUNERS, PruneSpec, Subject, choose, depth, distill, parse_prune, prune, sparse
+from pipeline.prune.choice import load_pruned, save_pruned
 from pipeline.prune.cut import Cut, LayerCut, apply, describe, dims_of
 from pipeline.prune.repair import least_squares, ridge
 from pipeline.prune.scores import SCORES
@@ -354,6 +355,16 @@ def tiny_recipe(folder: Path, variants: list[str]) -> Recipe:
     )
 
 
+def test_a_choice_is_read_back_as_written(subjects: Callable[[str], Subject], tmp_path: Path) -> None:
+    for pruner, share in (("widths", 40), ("hidden", 50), ("layers", 50)):
+        chosen = choose(subjects("llama"), PruneSpec(pruner, "", share))
+        save_pruned(tmp_path / "choice.npz", chosen)
+        read = load_pruned(tmp_path / "choice.npz")
+        assert read.cut == chosen.cut
+        assert read.new.keys() == chosen.new.keys()
+        assert all(torch.equal(read.new[name], value) for name, value in chosen.new.items())
+
+
 def test_pruned_variants_are_built_run_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From the recipe to artifacts that the agent ran: llama-quantize's types, a method of ours, a budget in bits."""
     save_tiny("llama-tied", tmp_path / "hf")
@@ -417,13 +428,13 @@ def test_sparsegpt_is_column_by_column(monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_allclose(found.numpy(), twin, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("choose", [sparse.magnitude, sparse.wanda, sparse.sparsegpt])
-def test_sparse_matrices_have_the_pattern(choose: sparse.Sparsify) -> None:
+@pytest.mark.parametrize("sparsify", [sparse.magnitude, sparse.wanda, sparse.sparsegpt])
+def test_sparse_matrices_have_the_pattern(sparsify: sparse.Sparsify) -> None:
     generator = torch.Generator().manual_seed(4)
     weight, x = torch.randn(6, 64, generator=generator), torch.randn(500, 64, generator=generator)
     hessian = x.T @ x / 500
-    assert ((choose(weight, hessian, sparse.Pattern(0.25)) == 0).sum(1) == 16).all()
-    two_of_four = choose(weight, hessian, sparse.Pattern(0.5, 2, 4))
+    assert ((sparsify(weight, hessian, sparse.Pattern(0.25)) == 0).sum(1) == 16).all()
+    two_of_four = sparsify(weight, hessian, sparse.Pattern(0.5, 2, 4))
     assert ((two_of_four.reshape(6, 16, 4) == 0).sum(-1) == 2).all()
 
 
@@ -437,8 +448,8 @@ def test_sparse_by_what_is_lost() -> None:
     x = (torch.randn(800, 64, generator=generator) + shared) * sizes
     hessian = x.T @ x / 800
     losses = []
-    for choose in (sparse.magnitude, sparse.wanda, sparse.sparsegpt):
-        error = weight - choose(weight, hessian, sparse.Pattern(0.5))
+    for sparsify in (sparse.magnitude, sparse.wanda, sparse.sparsegpt):
+        error = weight - sparsify(weight, hessian, sparse.Pattern(0.5))
         losses.append(float(torch.einsum("ri,ij,rj->", error, hessian, error)))
     assert losses[0] > losses[1] > losses[2]
 

@@ -175,10 +175,19 @@ def parse_prune(method: str, percent: str) -> PruneSpec:
 
 def prune(subject: Subject, spec: PruneSpec) -> tuple[Checkpoint, dict[str, Any]]:
     """The pruned checkpoint, and what a manifest says of it."""
+    return finish(subject, spec, choose(subject, spec))
+
+
+def choose(subject: Subject, spec: PruneSpec) -> Pruned:
+    """What goes; the spec's repair does not matter."""
     if spec.percent is None:
         raise ValueError("a share that is still to be chosen")  # a bug of the caller
+    return PRUNERS[spec.pruner](subject, spec.percent / 100)
+
+
+def finish(subject: Subject, spec: PruneSpec, pruned: Pruned) -> tuple[Checkpoint, dict[str, Any]]:
+    """Repair what is left: the checkpoint, and what a manifest says of it."""
     dims = dims_of(subject.checkpoint)
-    pruned = PRUNERS[spec.pruner](subject, spec.percent / 100)
     facts = {"pruner": spec.pruner, "percent": spec.percent, "repair": spec.repair, **describe(pruned.cut, dims)}
     if pruned.cut == dims.whole:
         zeros = sum(int((matrix == 0).sum()) for matrix in pruned.new.values())
