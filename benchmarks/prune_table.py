@@ -54,7 +54,7 @@ PERCENTS = (10, 20, 30)
 CHOICES = {"influence": depth.influence, "run": depth.contiguous}
 """Whose layers llama-quantize is told to drop."""
 
-PRUNERS = ("layers", "blocks", "width", "widths")
+WAYS = ("layers", "blocks", "width", "widths_fisher", "widths")
 OTHERS = ("layers_influence", "layers_run", "width_wanda", "width_flap", "width_taylor", "widths_flap", "hidden")
 REPAIRED = ("", "+repair")
 
@@ -64,7 +64,7 @@ def candidates(options: argparse.Namespace) -> list[str]:
     if options.ours:
         return list(options.ours)
     found = []
-    for pruners in (PRUNERS, OTHERS):
+    for pruners in [options.pruner] if options.pruner else (WAYS, OTHERS):
         for percent in options.percent or PERCENTS:
             found += [f"{pruner}{repair}-{percent}".upper() for pruner in pruners for repair in REPAIRED]
     return [f"{name}-{options.type}" for name in found]
@@ -261,6 +261,9 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("recipes", type=Path, nargs="*", help=f"recipe files; default: {', '.join(RECIPES)}")
     add("--ours", action="append", default=[], metavar="VARIANT", help="measure these pruned variants alone")
+    add(
+        "--pruner", action="append", default=[], metavar="PRUNER", help="of these ways alone (repeatable); default: all"
+    )
     add("--speed", action="append", default=[], metavar="VARIANT", help="time decoding of these beside the whole model")
     add("--percent", type=at_least(1), action="append", help="of the blocks' weights to remove; default: 10, 20, 30")
     add("--type", default="F16", help="llama-quantize's type of the files (default %(default)s)")

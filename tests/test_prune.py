@@ -25,6 +25,7 @@ from pipeline.checkpoint import Checkpoint, load
 from pipeline.export.gguf import export_gguf
 from pipeline.progress import Progressor, quiet
 from pipeline.prune import PRUNERS, PruneSpec, Subject, choose, depth, distill, parse_prune, prune, sparse
+from pipeline.prune.allocate import interpolated
 from pipeline.prune.choice import load_pruned, save_pruned
 from pipeline.prune.cut import Cut, LayerCut, apply, describe, dims_of
 from pipeline.prune.repair import least_squares, ridge
@@ -234,11 +235,21 @@ def test_measured_layers_are_the_best_pair_or_nearly(subjects: Callable[[str], S
     assert judge.divergence(depth.contiguous(judge, 0.5)) == pytest.approx(min(runs.values()), rel=1e-6)
 
 
-def test_uneven_by_measurement_beats_even(subjects: Callable[[str], Subject]) -> None:
+def test_divergence_between_measured_widths_follows_the_loss() -> None:
+    """A power of the loss is found again, beyond the known ones a multiple; what is known stays; all kept is free."""
+    losses = {0: 16.0, 1: 8.0, 2: 4.0, 3: 2.0, 4: 1.0, 5: 0.0}
+    known = {0: 256.0, 2: 16.0, 4: 1.0}
+    found = interpolated(known, losses)
+    assert found == pytest.approx({0: 256.0, 1: 64.0, 2: 16.0, 3: 4.0, 4: 1.0, 5: 0.0})
+    assert interpolated({0: 4.0, 2: 1.0}, {0: 4.0, 1: 2.0, 2: 1.0, 3: 0.5, 4: 0.0})[3] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("pruner", ["widths", "widths_fisher"])
+def test_uneven_by_what_the_output_feels_beats_even(pruner: str, subjects: Callable[[str], Subject]) -> None:
     """The same surgery, the same share: what differs is where the width goes."""
     subject = subjects("qwen2")
     even, facts = prune(subject, PruneSpec("width", "", 28))
-    uneven, more = prune(subject, PruneSpec("widths", "", 100 * facts["share_removed"]))
+    uneven, more = prune(subject, PruneSpec(pruner, "", 100 * facts["share_removed"]))
     assert more["share_removed"] >= facts["share_removed"] - 1e-4
     assert divergence(subject.checkpoint, uneven, subject.measured) < divergence(
         subject.checkpoint, even, subject.measured

@@ -57,7 +57,7 @@ def row(
 def test_every_candidate_is_a_variant() -> None:
     options = prune_table._parser().parse_args([])
     names = prune_table.candidates(options)
-    assert len(names) == len(set(names)) == 3 * 2 * (len(prune_table.PRUNERS) + len(prune_table.OTHERS))
+    assert len(names) == len(set(names)) == 3 * 2 * (len(prune_table.WAYS) + len(prune_table.OTHERS))
     assert all((spec := parse_variant(name).prune) and spec.percent in (10, 20, 30) for name in names)
     assert prune_table.candidates(prune_table._parser().parse_args(["--ours", "LAYERS-5-Q8_0"])) == ["LAYERS-5-Q8_0"]
 

@@ -17,7 +17,7 @@ import torch
 from device.schema import SlimpiError
 from pipeline.checkpoint import Checkpoint
 from pipeline.progress import Tick, quiet
-from pipeline.prune import bias, depth, distill, hidden, moments, repair, sparse, widths
+from pipeline.prune import allocate, bias, depth, distill, hidden, moments, repair, sparse, widths
 from pipeline.prune.cut import Cut, apply, describe, dims_of
 from pipeline.prune.scores import SCORES, Evidence
 from pipeline.prune.stream import Judge, Stream
@@ -83,9 +83,10 @@ PRUNERS: Mapping[str, Pruner] = MappingProxyType(
         # Channels and key-value groups: the same number in each layer, or each layer its own, by others' scores.
         **{f"width_{name}": _width(partial(widths.by_score, name)) for name in SCORES},
         **{f"widths_{name}": _width(partial(widths.uneven_by_score, name)) for name in SCORES},
-        # By the optimal brain surgeon; uneven by measured divergence.
+        # By the optimal brain surgeon; uneven by measured divergence, or predicted from the output's curvature.
         "width": _width(widths.uniform_surgery),
-        "widths": _width(widths.measured),
+        "widths": _width(allocate.measured),
+        "widths_fisher": _width(allocate.predicted),
         # Narrower hidden states.
         "hidden": lambda subject, share: hidden.hidden(subject.judge, share, subject.tick),
         # Zeros in matrices of the old size, of each row or two of four: nothing gets smaller or faster.
