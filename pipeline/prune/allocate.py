@@ -30,7 +30,7 @@ _FELT_CHUNKS = 8
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a layer that was operated on: the numbers of units it may keep, ascending, and the weights of a unit."""
+    """A part of a layer that was operated on: numbers of units that it may keep, ascending, and weights of a unit."""
 
     layer: int
     name: str
