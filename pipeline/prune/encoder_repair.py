@@ -28,7 +28,7 @@ def least_squares(
     whole: Any, pruned: Any, layers: Sequence[int], passages: Calibration, tick: Tick = quiet
 ) -> list[str]:
     """Change `pruned`, which kept these layers of `whole`, in place; the parts that were refit, as `0.attention` by the
-    pruned model's own numbers. Either model is as large in memory as it is, and so are a part's inputs at all tokens."""
+    pruned model's own numbers. A part's inputs at all tokens are in memory at once, float32."""
     parts = parts_of(whole.config.model_type)
     before, after = (list(model.base_model.get_submodule(parts.layers)) for model in (whole, pruned))
     order = _by_passage(passages)
