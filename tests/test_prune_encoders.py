@@ -232,8 +232,9 @@ def test_a_trained_transformer_is_pruned_and_calibrated_again(tmp_path: Path) ->
     places = Places(tmp_path / "home")
     made = test_train_recipe.recipe(tmp_path, "transformer", ["FP32", "LAYERS-50-INT8-dynamic"])
     made = msgspec.structs.replace(made, calibration=recipe(tmp_path, ["FP32"]).calibration)
-    folder = build(made, places, Progressor(plain=True))[1]
+    whole, folder = build(made, places, Progressor(plain=True))
     artifact = load_artifact(folder)
+    assert (folder / "tokenizer.json").read_bytes() == (whole / "tokenizer.json").read_bytes()
     assert [step.action for step in artifact.lineage] == ["train transformer", "prune", "onnx variant"]
     assert any(note.startswith("calibrated again after pruning: temperature") for note in artifact.notes)
     report = deploy.bench("local", folder, places, threads=1, overrides={})
