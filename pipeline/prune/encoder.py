@@ -218,15 +218,17 @@ def _block_weights(model: Any) -> int:
 
 
 def told(facts: Mapping[str, Any]) -> str:
-    """A line for a manifest's notes: what was asked, what went, and what it cost on the calibration text."""
+    """A line for a manifest's notes, of the facts of `prune_encoder`: what was asked, what went, and what it cost
+    on the calibration text."""
     pruner = str(facts["pruner"])
     before = facts[f"{pruner}_before"]
     left = len(facts["layers"]) if pruner == "layers" else _first(facts[pruner])
     rounded = f" (a multiple of {CHANNEL_MULTIPLE})" if pruner == "channels" else ""
     each = "" if pruner == "layers" else " in every layer"
     repaired = f", {facts['kl_divergence_unrepaired']:.3g} before its repair" if facts["repair"] else ""
+    name = PruneSpec(pruner, facts["repair"], facts["percent"]).name
     return (
-        f"pruned, {facts['percent']:g} % of the {pruner} asked: {left} of {before} {pruner}{each} stay{rounded}, "
+        f"{name}, {facts['percent']:g} % of the {pruner} asked: {left} of {before} {pruner}{each} stay{rounded}, "
         f"{100 * (1 - left / before):.1f} % of them and {100 * facts['share_removed']:.1f} % of the blocks' weights "
         f"are gone; divergence {facts['kl_divergence']:.3g} nats a passage{repaired}"
     )
