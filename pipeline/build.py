@@ -56,7 +56,7 @@ def build(
             if variant not in missing:
                 progress.say(f"  {recipe.name} {variant}: unchanged")
         if missing:
-            context = Context(recipe, source, places, threads, progress)
+            context = Context(recipe, source, places, threads, progress, tuple(missing))
             prepared = exporter.prepare(context)
             for note in prepared.notes:
                 progress.say(f"  {recipe.name}: {note}")

@@ -230,7 +230,8 @@ def _plan(folder: Path, places: Places, settings: Settings, where: Path, conditi
         settings.divergence.get(artifact.model),
         _profile(folder, artifact) if "profile" in (settings.wanted or ()) and artifact.kind == "gguf" else None,
     )
-    name = f"{artifact.name[:60]}-{digest([artifact.id, tasks, *conditions, device_code_version()])[:12]}"
+    plain = artifact.name[:60].replace("+", "_")  # a variant's name may have a plus sign, a job's id may not
+    name = f"{plain}-{digest([artifact.id, tasks, *conditions, device_code_version()])[:12]}"
     latest = max((_run_number(path) for path in where.glob(f"{name}.*")), default=0)
     return Plan(folder, artifact, tasks, f"{name}.{latest + 1 if settings.again else max(1, latest)}")
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from device.schema import SlimpiError
+from pipeline.encoder_parts import attach_kept_heads
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ def load_encoder(model_dir: Path, labels: list[str], max_tokens: int, seed: int 
     fresh = tuple(sorted({*info["missing_keys"], *info["mismatched_keys"]}))
     _check_body(model, fresh, model_dir)
     _check_positions(model, max_tokens, model_dir)
+    attach_kept_heads(model)
     return Encoder(model.eval(), tokenizer, fresh)
 
 

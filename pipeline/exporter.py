@@ -15,23 +15,26 @@ from pipeline.store import Places
 
 @dataclass(frozen=True)
 class Context:
-    """What every exporter needs to know of the run it is part of."""
+    """What every exporter needs to know of the run it is part of. variants: those that will be made."""
 
     recipe: Recipe
     source: sources.Source
     places: Places
     threads: int
     progress: Progressor
+    variants: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What the variants of a recipe share: the lossless base, and what led to it."""
+    """What the variants of a recipe share: the lossless base, and what led to it. encoder: the Hugging Face folder that
+    an ONNX base was exported from, if it is an encoder with a head."""
 
     base: Path
     tokenizer_sha256: str
     lineage: list[Step]
     notes: list[str]
+    encoder: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,18 @@
-"""ONNX: an encoder with a classification head, trained first where the recipe says so, or a classifier of tweets."""
+"""ONNX: an encoder with a classification head, trained first where the recipe says so, or a classifier of tweets.
+
+Variants are named as pipeline/export/onnx.py says; encoders may be pruned first (pipeline/pruning_onnx.py).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 
 from device.schema import SlimpiError, Step, encode, read_record, sha256_file, write_atomic
-from pipeline import sources
+from pipeline import pruning_onnx, sources
+from pipeline.encoders import load_encoder, save_encoder
 from pipeline.export import onnx, onnx_observe
 from pipeline.exporter import Context, Exporter, Made, Prepared
 from pipeline.recipes import Train
@@ -15,11 +20,14 @@ from pipeline.store import digest, stage
 from pipeline.tweets import data, head
 from pipeline.tweets.calibration import Calibration
 from pipeline.tweets.classifiers import settings_of, vector_files, with_max_tokens
-from pipeline.tweets.decide import train_decider
+from pipeline.tweets.classifiers.encoder import EncoderModel
+from pipeline.tweets.data import Tweet
+from pipeline.tweets.decide import decide, train_decider
 
 
 def _prepare_onnx(context: Context) -> Prepared:
     recipe, progress = context.recipe, context.progress
+    pruning_onnx.check_prunable(context)
     if recipe.train:
         return _trained_classifier(context, recipe.train)
     labels = recipe.labels
@@ -38,7 +46,7 @@ def _prepare_onnx(context: Context) -> Prepared:
     key = ["onnx-base", context.source.sha256, labels, recipe.max_tokens, [s.settings for s in lineage]]
     base = stage(context.places.stages, f"{recipe.name}-base", key, export, progress.say)
     lineage.append(Step(action="export", source=context.source.spec, settings={"max_tokens": recipe.max_tokens}))
-    return Prepared(base / "model.onnx", sha256_file(base / "tokenizer.json"), lineage, notes)
+    return Prepared(base / "model.onnx", sha256_file(base / "tokenizer.json"), lineage, notes, model_dir)
 
 
 def _trained_head(context: Context) -> tuple[Path, Step]:
@@ -78,9 +86,7 @@ def _trained_classifier(context: Context, train: Train) -> Prepared:
     rows = sources.dataset(train.rows, places.sources)
     settings = with_max_tokens(train.classifier, train.settings, recipe.max_tokens)
     settings_of(train.classifier, settings)  # a bad table is told before anything is read
-    tweets = data.read_tweets(
-        rows, data.Columns(text=train.text_column, target=train.label_column, keyword=train.keyword_column)
-    )
+    tweets = _tweets(rows, train)
 
     def make(folder: Path) -> None:
         with context.progress.step(f"train {train.classifier} on {train.rows}") as tick:
@@ -99,6 +105,8 @@ def _trained_classifier(context: Context, train: Train) -> Prepared:
         with context.progress.step("export classifier to ONNX FP32"):
             decider.export(folder)
             write_atomic(folder / "calibration.json", encode(decider.calibration))
+            if isinstance(decider.model, EncoderModel):  # variants may prune it
+                save_encoder(decider.model.encoder, folder / pruning_onnx.ENCODER)
 
     vectors = [sources.hash_path(path) for path in vector_files(settings)]
     key = ["train", context.source.sha256, sha256_file(rows), train, settings, vectors]
@@ -110,7 +118,14 @@ def _trained_classifier(context: Context, train: Train) -> Prepared:
         settings={"key": digest(key)[:16], "seed": train.seed, **msgspec.structs.asdict(fitted)},
     )
     notes = [f"{train.classifier} trained on {train.rows}, {fitted}"]
-    return Prepared(base / "model.onnx", _reader_sha256(base), [step], notes)
+    encoder = base / pruning_onnx.ENCODER
+    return Prepared(base / "model.onnx", _reader_sha256(base), [step], notes, encoder if encoder.is_dir() else None)
+
+
+def _tweets(rows: Path, train: Train) -> Sequence[Tweet]:
+    return data.read_tweets(
+        rows, data.Columns(text=train.text_column, target=train.label_column, keyword=train.keyword_column)
+    )
 
 
 def _reader_sha256(folder: Path) -> str:
@@ -120,12 +135,18 @@ def _reader_sha256(folder: Path) -> str:
 
 
 def _make_onnx(context: Context, prepared: Prepared, variant: str, folder: Path) -> Made:
-    lineage, calibration = list[Step](), None
-    if onnx.needs_calibration(variant):
-        calibration, step = _passages(context, prepared)
+    lineage, notes, calibration = list[Step](), list[str](), None
+    pruning, plain = pruning_onnx.parse_variant(variant)
+    passages = _passages(context, prepared) if pruning or onnx.needs_calibration(plain) else None
+    if pruning and passages:
+        export = _pruned_export(context)
+        prepared, step, notes = pruning_onnx.pruned_base(context, prepared, pruning, passages, export)
         lineage.append(step)
+    if onnx.needs_calibration(plain) and passages:
+        calibration = passages[0]
+        lineage.append(passages[1])
     with context.progress.step(f"write {variant}") as tick:
-        summary = onnx.make_variant(prepared.base, folder, variant, calibration, tick)
+        summary = onnx.make_variant(prepared.base, folder, plain, calibration, tick)
     return Made(
         entry="model.onnx",
         types=summary.types,
@@ -135,10 +156,34 @@ def _make_onnx(context: Context, prepared: Prepared, variant: str, folder: Path)
         bits_per_linear_weight=summary.bits_per_linear_weight,
         lineage=[
             *lineage,
-            Step(action="onnx variant", source="model.onnx", settings={"variant": variant, **summary.facts}),
+            Step(action="onnx variant", source="model.onnx", settings={"variant": plain, **summary.facts}),
         ],
-        notes=summary.notes,
+        notes=[*notes, *summary.notes],
     )
+
+
+def _pruned_export(context: Context) -> pruning_onnx.Export:
+    """How a pruned folder becomes ONNX, as the whole one did. A trained classifier is calibrated anew, on the same
+    validation rows: pruning shifts what its probabilities mean."""
+    recipe = context.recipe
+
+    def export(encoder: Path, folder: Path) -> str:
+        if recipe.train:
+            return _decided(context, recipe.train, encoder, folder)
+        onnx.export_encoder(encoder, folder, recipe.labels, recipe.max_tokens)
+        return ""
+
+    return export
+
+
+def _decided(context: Context, train: Train, encoder: Path, folder: Path) -> str:
+    recipe = context.recipe
+    tweets = _tweets(sources.dataset(train.rows, context.places.sources), train)
+    held = [tweets[i] for i in data.split(tweets, train.validation_share, train.seed).test]
+    model = EncoderModel(load_encoder(encoder, recipe.labels, recipe.max_tokens), recipe.max_tokens)
+    decider = decide(model, held, train.threshold)
+    decider.export(folder)
+    return f"calibrated again after pruning: {decider.calibration}"
 
 
 def _passages(context: Context, prepared: Prepared) -> tuple[onnx_observe.Calibration, Step]:
@@ -152,4 +197,4 @@ def _passages(context: Context, prepared: Prepared) -> tuple[onnx_observe.Calibr
     return found, Step(action="calibrate", source=settings.text, settings=facts)
 
 
-ONNX = Exporter("onnx", "classifier", onnx.check_variant, _prepare_onnx, _make_onnx)
+ONNX = Exporter("onnx", "classifier", pruning_onnx.parse_variant, _prepare_onnx, _make_onnx)

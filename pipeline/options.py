@@ -49,7 +49,8 @@ Only = Annotated[
     list[str] | None,
     typer.Option(
         help="Build only this variant (repeatable), in the recipe or not, such as Q4_K_M or GPTQ-Q4_K (METHOD-PLAN); "
-        "the reference always is."
+        "the reference always is. PRUNER-PERCENT- before it prunes first: of a language model a percentage of its "
+        "blocks' weights (WIDTHS-20-Q4_K_M), of an encoder one of its own layers, heads or channels (LAYERS-33-FP32)."
     ),
 ]
 OneArtifact = Annotated[

@@ -6,7 +6,7 @@ A pruner takes a Subject and a share of the decoder blocks' weights and gives a 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from types import MappingProxyType
@@ -153,24 +153,30 @@ class PruneSpec:
         return f"{self.pruner}{repair}-{AUTO if self.percent is None else f'{self.percent:g}'}".upper()
 
 
-def parse_prune(method: str, percent: str) -> PruneSpec:
-    """Of `LAYERS+REPAIR` and `25`; SlimpiError says which part is unknown and what is known."""
+def parse_prune(
+    method: str,
+    percent: str,
+    pruners: Collection[str] = PRUNERS,
+    repairs: Collection[str] = REPAIRS,
+    of: str = "the blocks' weights",
+    auto: bool = True,
+) -> PruneSpec:
+    """Of `LAYERS+REPAIR` and `25`; SlimpiError says which part is unknown and what is known. of: what the percentage
+    is of; auto: whether it may be left to a budget."""
     pruner, plus, mend = method.lower().partition("+")
-    if pruner not in PRUNERS:
-        raise SlimpiError(f"unknown pruner {pruner.upper()!r}. Known: {', '.join(PRUNERS).upper()}.")
-    if plus and not (mend and mend in REPAIRS):
-        known = ", ".join(filter(None, REPAIRS)).upper()
+    if pruner not in pruners:
+        raise SlimpiError(f"unknown pruner {pruner.upper()!r}. Known: {', '.join(pruners).upper()}.")
+    if plus and not (mend and mend in repairs):
+        known = ", ".join(filter(None, repairs)).upper()
         raise SlimpiError(f"unknown repair {mend.upper()!r} after {pruner.upper()}. Known: {known}.")
-    if percent == AUTO:
+    if percent == AUTO and auto:
         return PruneSpec(pruner, mend, None)
     try:
         share = float(percent)
     except ValueError:
         share = 0.0
     if not 0 < share < 100:
-        raise SlimpiError(
-            f"{method}-{percent}: give the percentage of the blocks' weights to remove, above 0, below 100, or {AUTO}."
-        )
+        raise SlimpiError(f"{method}-{percent}: give the percentage of {of} to remove, above 0, below 100.")
     return PruneSpec(pruner, mend, share)
 
 
