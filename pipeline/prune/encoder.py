@@ -53,6 +53,8 @@ class Pruning:
 def n_kept(spec: PruneSpec, sizes: EncoderSizes) -> int:
     """Layers that stay, or heads or channels that stay in every layer; channels to the nearest multiple of
     CHANNEL_MULTIPLE. SlimpiError if that is none or all of them."""
+    if spec.percent is None:
+        raise ValueError("a share that is still to be chosen")  # names of encoders' variants cannot have it
     n = getattr(sizes, spec.pruner)
     step = CHANNEL_MULTIPLE if spec.pruner == "channels" else 1
     kept = round(n * (1 - spec.percent / 100) / step) * step
