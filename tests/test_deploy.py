@@ -278,6 +278,8 @@ def start_host(server: sshd.Server, places: Places, folder: Path, text: str) -> 
     assert process.stdout
     for line in process.stdout:
         if line == b"Sample\n":
+            # A fast machine fills the pipe with more of them: unread, they would block it for ever.
+            threading.Thread(target=process.stdout.read, daemon=True).start()
             return process
     raise AssertionError("the job did not start")
 
