@@ -80,11 +80,17 @@ class _Unit:
 
 
 def layers(judge: Judge, share: float, tick: Tick = quiet) -> Cut:
-    """Layer after layer the one whose loss costs least, by measured divergence; then exchanged for kept ones while
-    that helps."""
+    """Layer after layer the one whose loss costs least, or the best run, or those of least influence: what diverges
+    least of these three, as measured; then layers are exchanged for kept ones while that helps.
+
+    Greedy alone may end in a poor set: layers that cost nothing one by one may do the same work.
+    """
     dims = judge.stream.dims
     units = [_Unit(index) for index in range(dims.n_layers)]
-    chosen = _greedy(judge, units, lambda found: len(found) == n_dropped(dims, share), tick)
+    greedy = _greedy(judge, units, lambda found: len(found) == n_dropped(dims, share), tick)
+    starts = [_of(dims, greedy), contiguous(judge, share, tick), influence(judge, share)]
+    best = min(starts, key=judge.divergence)
+    chosen = [unit for unit in units if best.layers[unit.layer].gone]
     return _of(dims, _swapped(judge, units, chosen, tick))
 
 
