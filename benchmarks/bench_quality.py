@@ -245,10 +245,10 @@ def run(options: argparse.Namespace, where: Places, out: Path) -> tuple[Quality,
     return quality, failures
 
 
-def read_quality(out: Path, machine: str) -> Quality:
-    """What was measured before, or nothing yet. SlimpiError for results of another llama.cpp."""
+def conditions_of(machine: str) -> Conditions:
+    """This machine, now."""
     wheel = llama_tools.probe_wheel()
-    conditions = Conditions(
+    return Conditions(
         machine=machine,
         cpu=cpu_model(),
         cores=os.cpu_count() or 1,
@@ -258,12 +258,17 @@ def read_quality(out: Path, machine: str) -> Quality:
         wheel_commit=wheel.commit,
         start_time=now(),
     )
+
+
+def read_quality(out: Path, machine: str) -> Quality:
+    """What was measured before, or nothing yet. SlimpiError for results of another llama.cpp."""
+    conditions = conditions_of(machine)
     if not out.exists():
         return Quality(conditions=conditions, rows=[], verdicts=[])
     known = read_record(out, Quality)
-    if known.conditions.wheel_commit != wheel.commit:
+    if known.conditions.wheel_commit != conditions.wheel_commit:
         raise SlimpiError(
-            f"{out} holds results of llama.cpp {known.conditions.wheel_commit}, this is {wheel.commit}. "
+            f"{out} holds results of llama.cpp {known.conditions.wheel_commit}, this is {conditions.wheel_commit}. "
             "Move that file away."
         )
     return msgspec.structs.replace(known, verdicts=[])

@@ -6,15 +6,11 @@ History of prune.json's schema: 1 (2026-11) first version.
 from __future__ import annotations
 
 import math
-import os
-import platform
 import re
 from collections.abc import Sequence
 from statistics import fmean, median
 from typing import Literal
 
-import llama_tools
-from bench_common import cpu_model, now
 from quality_rows import Conditions, Score, mean_interval
 
 from device.schema import Record
@@ -95,20 +91,6 @@ class Pruning(Record, frozen=True, kw_only=True):
     conditions: Conditions
     rows: list[PruneRow]
     verdicts: list[Verdict]
-
-
-def conditions(machine: str) -> Conditions:
-    wheel = llama_tools.probe_wheel()
-    return Conditions(
-        machine=machine,
-        cpu=cpu_model(),
-        cores=os.cpu_count() or 1,
-        kernel=platform.release(),
-        python=platform.python_version(),
-        llama_cpp_python=wheel.version,
-        wheel_commit=wheel.commit,
-        start_time=now(),
-    )
 
 
 def merged(rows: Sequence[PruneRow], row: PruneRow) -> list[PruneRow]:

@@ -210,7 +210,7 @@ def run(options: argparse.Namespace, where: Places, out: Path) -> Pruning:
     found = (
         read_record(out, Pruning)
         if out.exists()
-        else Pruning(conditions=prune_rows.conditions(options.machine), rows=[], verdicts=[])
+        else Pruning(conditions=bench_quality.conditions_of(options.machine), rows=[], verdicts=[])
     )
     for path in options.recipes or [where.root / "models" / f"{name}.toml" for name in RECIPES]:
         bench = bench_quality.open_bench(path, options, where, progress)

@@ -42,13 +42,14 @@ def pruned_base(context: Context, prepared: Prepared, spec: PruneSpec) -> tuple[
 
     def subject(tick: Tick) -> Subject:
         model = checkpoint.load(prepared.base)
+        chunks = sensitivity.cut(model, text, n_ctx, 0)
         return Subject(
             model,
             measured=sensitivity.cut(model, text, min(_MEASURED_CTX, n_ctx), 0)[: recipe.prune.measured],
-            fitted=sensitivity.cut(model, text, n_ctx, 0)[: recipe.prune.fitted],
+            fitted=chunks[: recipe.prune.fitted],
             device=quantize.compute_device(),
             tick=tick,
-            taught=sensitivity.cut(model, text, n_ctx, 0)[: 2 * recipe.prune.distill_steps],
+            taught=chunks[: 2 * recipe.prune.distill_steps],
             distill_steps=recipe.prune.distill_steps,
         )
 
