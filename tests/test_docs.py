@@ -72,7 +72,12 @@ def test_readme_make_targets_exist() -> None:
 
 def test_readme_files_exist() -> None:
     named = set(re.findall(r"`((?:pipeline|device|models|docs|benchmarks)/[\w./-]+\.(?:py|md|toml|json))`", README))
-    named |= set(re.findall(r"\]\(([\w./-]+)\)", README))
     assert named
     for name in named:
         assert (REPO / name).exists(), name
+
+
+@pytest.mark.parametrize("page", [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))], ids=lambda page: page.name)
+def test_links_lead_to_files(page: Path) -> None:
+    for link in re.findall(r"\]\(([\w./-]+)\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / link).exists(), link

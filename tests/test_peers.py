@@ -149,6 +149,11 @@ def test_a_folder_of_built_tools_is_taken_as_it_is(tmp_path: Path) -> None:
     assert llama_tools.find_or_build(tmp_path, jobs=1) == tmp_path / "bin"
 
 
+def test_tools_run_on_the_wheel_s_libraries() -> None:
+    names = {library.name for library in llama_tools.wheel_libraries()}
+    assert {"libllama.so.0", "libggml.so.0", "libggml-base.so.0", "libggml-cpu.so.0"} <= names
+
+
 def test_a_failing_tool_is_one_line() -> None:
     with pytest.raises(SlimpiError, match=r"python.* failed with code 3: first \| second"):
         llama_tools.run_tool(
