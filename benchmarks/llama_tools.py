@@ -116,12 +116,17 @@ def _build(folder: Path, options: Sequence[str], jobs: int) -> None:
         cmake = str(work / "cmake" / "cmake" / "data" / "bin" / "cmake")
     run_tool([cmake, "-S", str(source), "-B", str(work / "build"), *options])
     run_tool([cmake, "--build", str(work / "build"), "--parallel", str(jobs), "--target", *TOOLS])
-    built = work / "build" / "bin"
+    assemble(work / "build" / "bin", folder)
+    shutil.rmtree(work)
+
+
+def assemble(built: Path, folder: Path) -> None:
+    """The tools and what is theirs alone (libllama-*) from `built`; llama.cpp itself from the wheel, by links. The
+    tools look for libraries beside them ($ORIGIN)."""
     for file in (*(built / tool for tool in TOOLS), *built.glob("libllama-*.so*")):
         shutil.copy2(file, folder / file.name)
     for library in wheel_libraries():
         (folder / library.name).symlink_to(library)
-    shutil.rmtree(work)
 
 
 def wheel_libraries() -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import random
 import sys
@@ -149,9 +150,18 @@ def test_a_folder_of_built_tools_is_taken_as_it_is(tmp_path: Path) -> None:
     assert llama_tools.find_or_build(tmp_path, jobs=1) == tmp_path / "bin"
 
 
-def test_tools_run_on_the_wheel_s_libraries() -> None:
-    names = {library.name for library in llama_tools.wheel_libraries()}
-    assert {"libllama.so.0", "libggml.so.0", "libggml-base.so.0", "libggml-cpu.so.0"} <= names
+def test_tools_get_the_wheel_s_libraries_and_not_their_build_s(tmp_path: Path) -> None:
+    built, folder = tmp_path / "built", tmp_path / "tools"
+    built.mkdir()
+    folder.mkdir()
+    theirs = ["libllama-common.so.0", "libllama-bench-impl.so"]
+    for name in (*llama_tools.TOOLS, *theirs, "libllama.so.0", "libggml-cpu.so.0"):
+        (built / name).write_text("built")
+    llama_tools.assemble(built, folder)
+    assert all((folder / name).read_text() == "built" for name in (*llama_tools.TOOLS, *theirs))
+    lib = Path(str(importlib.util.find_spec("llama_cpp").submodule_search_locations[0])) / "lib"  # type: ignore[union-attr, index]
+    for name in ("libllama.so.0", "libggml.so.0", "libggml-base.so.0", "libggml-cpu.so.0"):
+        assert (folder / name).samefile(lib / name)
 
 
 def test_a_failing_tool_is_one_line() -> None:
