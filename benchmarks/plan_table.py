@@ -4,6 +4,8 @@ Every matrix of SmolLM2's blocks is coded once in each type (SEARCH's codes); pl
 within the same bits a linear weight. The programs (HiGHS) minimise Frobenius errors, as MXQ does; errors of the output;
 predicted KL divergence, which slimpi's own budgets go by. The genetic algorithm chooses by decoder layer, by measured
 KL divergence on the calibration text; the evolutionary search by matrix, by the same, from the last program's plan on.
+With --profile, what a device measured by `slimpi bench --task profile`, the last program also keeps a budget of time:
+half of what plans of that size can save, and all of it; and every plan's predicted time a token is told.
 Embeddings stay as they are. All plans are then measured on another text. Weights are swapped in a torch model: no
 files, no runtime. Writes benchmarks/results/<machine>/plans.json.
 """
@@ -25,7 +27,7 @@ import torch
 from bench_common import at_least, command, cpu_model, now, output_options, result_path
 from quality_rows import mean_interval
 
-from device.schema import Record, encode, sha256_file, write_atomic
+from device.schema import Record, Report, encode, read_record, sha256_file, write_atomic
 from pipeline import checkpoint, plan, plan_costs, plan_milp, predicted_costs, quantize, sensitivity, sources
 from pipeline.architectures import gguf_names
 from pipeline.build import build
@@ -51,7 +53,8 @@ EVOLUTION = EvolutionSettings(offspring=12, stages=((1, 4), (N_FITNESS, 1)))
 
 
 class Row(Record, frozen=True, kw_only=True):
-    """One plan. target: bits asked for, 0 for a uniform plan. seconds: of choosing it, tables and codes not counted."""
+    """One plan. target: bits asked for, 0 for a uniform plan. seconds: of choosing it, tables and codes not counted.
+    token_us: predicted time of the blocks' products of a decoded token, where a profile was given."""
 
     label: str
     target: float
@@ -61,10 +64,11 @@ class Row(Record, frozen=True, kw_only=True):
     kld_chunks: list[float]
     seconds: float
     n_measured: int
+    token_us: float | None = None
 
 
 class Plans(Record, frozen=True, kw_only=True):
-    """plans.json. fitness: KL divergence on n_fitness chunks of the calibration text."""
+    """plans.json. fitness: KL divergence on n_fitness chunks of the calibration text; profiled: the profile's CPU."""
 
     model: str
     cpu: str
@@ -74,6 +78,7 @@ class Plans(Record, frozen=True, kw_only=True):
     n_fitness: int
     start_time: str
     rows: list[Row]
+    profiled: str = ""
 
 
 @dataclass(frozen=True)
@@ -157,6 +162,7 @@ class Chooser:
     model: Model
     sizes: plan.Sizes
     costs: dict[str, plan_costs.Costs]
+    latency: plan_costs.Costs | None
     calibration: Meter
     budget_bytes: int
     seconds: float
@@ -164,6 +170,16 @@ class Chooser:
 
     def by_program(self, measure: str) -> Formats:
         return plan_milp.solve(self.costs[measure], self.sizes, self.budget_bytes).formats
+
+    def in_time(self, share: float) -> Formats:
+        """By the last program, in a time from its own plan's (share 0) to the least of any plan of this size (1)."""
+        assert self.latency is not None
+        own = token_ns(self.by_program("predicted divergence"), self.latency)
+        least = plan_milp.solve(self.latency, self.sizes, self.budget_bytes).error
+        costs, budget_ns = self.costs["predicted divergence"], own - share * (own - least)
+        # A part in a million for what the solver rounds.
+        budget_ns *= 1 + 1e-6
+        return plan_milp.solve(costs, self.sizes, self.budget_bytes, latency=self.latency, budget_ns=budget_ns).formats
 
     def by_genetic(self) -> Formats:
         """One gene a decoder layer."""
@@ -195,9 +211,24 @@ WAYS: dict[str, Callable[[Chooser], Formats]] = {
     "genetic algorithm by layer": Chooser.by_genetic,
     "evolutionary search from the last program": Chooser.by_search,
 }
+IN_TIME: dict[str, Callable[[Chooser], Formats]] = {
+    "the last program, half of the time it can save": lambda chooser: chooser.in_time(0.5),
+    "the last program, all of the time it can save": lambda chooser: chooser.in_time(1.0),
+}
 
 
-def row_of(label: str, target: float, choose: Callable[[], Formats], calibration: Meter, test: Meter) -> Row:
+def token_ns(formats: Formats, latency: plan_costs.Costs) -> float:
+    return math.fsum(latency[name][kind] for name, kind in formats.items())
+
+
+def row_of(
+    label: str,
+    target: float,
+    choose: Callable[[], Formats],
+    calibration: Meter,
+    test: Meter,
+    latency: plan_costs.Costs | None,
+) -> Row:
     before, began = calibration.n_measured, time.monotonic()
     formats = choose()
     seconds = time.monotonic() - began
@@ -212,6 +243,7 @@ def row_of(label: str, target: float, choose: Callable[[], Formats], calibration
         fitness=calibration.fitness(formats),
         kld_chunks=test.divergences(formats, len(test.chunks)),
         seconds=seconds,
+        token_us=token_ns(formats, latency) / 1e3 if latency else None,
     )
 
 
@@ -237,6 +269,8 @@ def run(options: argparse.Namespace, where: Places, out: Path) -> Plans:
     calibration, test = (meter(model, chunks) for chunks in cut)
     costs = error_tables(model, stats) | {"predicted divergence": predicted}
     sizes = plan.sizes(base, plan.choices(base, base.linear, TYPES), padded=False)
+    report = read_record(options.profile, Report) if options.profile else None
+    latency = plan_costs.latencies(report, base, sizes) if report else None
     table = Plans(
         model=recipe.name,
         cpu=cpu_model(),
@@ -246,12 +280,13 @@ def run(options: argparse.Namespace, where: Places, out: Path) -> Plans:
         n_fitness=N_FITNESS,
         start_time=now(),
         rows=[],
+        profiled=report.results[0].facts_before.cpu if report else "",
     )
 
     def add(label: str, target: float, choose: Callable[[], Formats]) -> None:
         nonlocal table
         with progress.step(f"{label}, {target} bits" if target else label):
-            row = row_of(label, target, choose, calibration, test)
+            row = row_of(label, target, choose, calibration, test, latency)
         progress.say(f"    KLD {fmean(row.kld_chunks):.5f}, {row.seconds:.1f} s")
         table = msgspec.structs.replace(table, rows=[*table.rows, row])
         write_atomic(out, encode(table))
@@ -262,23 +297,24 @@ def run(options: argparse.Namespace, where: Places, out: Path) -> Plans:
     for bits in options.bits or BITS:
         key = digest([sha256_file(texts[0]), costs["predicted divergence"], bits, tool_versions()])
         state = where.stages / f"plans-{key[:16]}.json"
-        chooser = Chooser(model, sizes, costs, calibration, int(n_weights * bits / 8), options.seconds, state)
-        for label, choose in WAYS.items():
+        chooser = Chooser(model, sizes, costs, latency, calibration, int(n_weights * bits / 8), options.seconds, state)
+        for label, choose in (WAYS | (IN_TIME if latency else {})).items():
             add(label, bits, partial(choose, chooser))
     return table
 
 
 def lines_of(table: Plans) -> list[str]:
     lines = [
-        f"| plan | bits | {' / '.join(TYPES)} | KLD, calibration text | KLD, test [95 %] | s | plans measured |",
-        "|---|---|---|---|---|---|---|",
+        f"| plan | bits | {' / '.join(TYPES)} | KLD, calibration text | KLD, test [95 %] | s | plans measured "
+        "| us a token, predicted |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in table.rows:
         low, high = mean_interval(row.kld_chunks) or (math.nan, math.nan)
         lines.append(
             f"| {row.label} | {row.bits_per_linear_weight:.3f} | {' / '.join(map(str, row.counts.values()))} "
             f"| {row.fitness:.5f} | {fmean(row.kld_chunks):.5f} [{low:.5f}, {high:.5f}] | {row.seconds:.0f} "
-            f"| {row.n_measured} |"
+            f"| {row.n_measured} | {'' if row.token_us is None else round(row.token_us)} |"
         )
     return lines
 
@@ -289,6 +325,11 @@ def _parser() -> argparse.ArgumentParser:
     add("recipe", type=Path, nargs="?", help=f"recipe of a language model that memory holds; default: {RECIPE}")
     add("--bits", type=float, action="append", help=f"a size (repeatable); default: {BITS}")
     add("--seconds", type=at_least(1), default=400, help="of measuring for the search (default %(default)s)")
+    add(
+        "--profile",
+        type=Path,
+        help="report.json of the task `profile` on this model; adds plans that keep a budget of time",
+    )
     add("--text", default="wikitext2-test", help="dataset to test on (default %(default)s)")
     add("--chunks", type=at_least(2), default=N_TEST, help="of it (default %(default)s)")
     add("--threads", type=at_least(1), default=os.cpu_count() or 1, help="of calibration (default %(default)s)")
