@@ -239,8 +239,11 @@ def print_verdicts(verdicts: Sequence[Verdict]) -> None:
         print(f"{v.variant:8} {v.test:19} {figures}  {v.target}: {'ok' if v.ok else 'MISSED'}")
 
 
-def compare(options: argparse.Namespace, where: Places) -> Peers:
-    """Both comparisons over all models; perplexity first, since it also proves that both are the same build."""
+def compare(options: argparse.Namespace, where: Places, out: Path) -> Peers:
+    """Both comparisons over all models; perplexity first, since it also proves that both are the same build.
+
+    `out` is written after each model, so that a run that is stopped keeps those it had timed.
+    """
     start, load_before = now(), os.getloadavg()
     models = models_from(options.gguf, where)
     dataset = describe_dataset(options.text, where)
@@ -251,15 +254,17 @@ def compare(options: argparse.Namespace, where: Places) -> Peers:
     scored = Perplexity(dataset=dataset, n_ctx=options.n_ctx, n_chunks=options.chunks)
     timed = Throughput(n_prompt=options.n_prompt, n_gen=options.n_gen, repetitions=options.repetitions)
     perplexity = [compare_perplexity(tools, wheel, model, where.datasets, scored, options.threads) for model in models]
-    throughput = [
-        row for model in models for row in compare_throughput(tools, model, timed, options.pairs, options.threads)
-    ]
-    return Peers(
-        conditions=conditions(options.machine, wheel, build, start, load_before),
-        perplexity=perplexity,
-        throughput=throughput,
-        verdicts=verdicts_of(perplexity, throughput),
-    )
+    throughput: list[SpeedRow] = []
+    for model in models:
+        throughput += compare_throughput(tools, model, timed, options.pairs, options.threads)
+        peers = Peers(
+            conditions=conditions(options.machine, wheel, build, start, load_before),
+            perplexity=perplexity,
+            throughput=throughput,
+            verdicts=verdicts_of(perplexity, throughput),
+        )
+        write_atomic(out, encode(peers))
+    return peers
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -280,14 +285,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-@command("peers", "Nothing was written. Run it again.")
+@command("peers", "The models that were timed to the end are written; a new run measures all again.")
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 1 if something failed or a target is missed; the results are written either way."""
     options = _parser().parse_args(argv)
     where = places()
     out = result_path(options, where, "peers.json")
-    peers = compare(options, where)
-    write_atomic(out, encode(peers))
+    peers = compare(options, where, out)
     print_verdicts(peers.verdicts)
     print(f"\nwritten to {out}")
     return 0 if all(verdict.ok for verdict in peers.verdicts) else 1
