@@ -65,7 +65,7 @@ bench-quality: install  ## KL divergence and perplexity at equal bytes against l
 	$(BIN)/python benchmarks/bench_quality.py
 
 bench-classify: install  ## a tweet's latency against optimum's dynamic INT8 padded to 128, and raw ONNX Runtime (needs SLIMPI_DATA)
-	$(SLIMPI) build models/minilm-l6-tweets.toml --only INT8-dynamic
+	$(SLIMPI) build models/tweets-minilm.toml
 	$(BIN)/python benchmarks/classify_speed.py
 
 bench-speed: install  ## seconds, memory and KL divergence of quantizing SmolLM2, against hqq, nncf, auto-round, llmcompressor, llama-quantize

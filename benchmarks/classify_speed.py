@@ -52,7 +52,7 @@ from pipeline.deploy import run_job
 from pipeline.jobs import describe_dataset
 from pipeline.store import Places, find_artifact, load_artifact, places
 
-ARTIFACTS = ("minilm-l6-tweets:FP32", "minilm-l6-tweets:INT8-dynamic")
+ARTIFACTS = ("tweets-minilm:FP32", "tweets-minilm:INT8-dynamic")
 HOST: Provenance = "host"
 PEER = Path(__file__).with_name("classify_peer.py")
 WARMUP = 8

@@ -81,9 +81,16 @@ CONTENDERS = (
         for kind in ("Q4_0", "IQ4_NL")
     ),
     # Means are known well from few tokens.
-    Contender("slimpi SEARCH-IQ4_NL, 2 chunks", "slimpi", "slimpi_peer", True,
-              {"method": "search", "format": "IQ4_NL", "n_chunks": 2}),
-    Contender("llama-quantize IQ4_NL, 2 chunks", "llama.cpp", "llama_peer", True, {"type": "IQ4_NL", "n_chunks": 2}),
+    *(
+        contender
+        for kind in ("Q4_0", "IQ4_NL")
+        for contender in (
+            Contender(f"slimpi SEARCH-{kind}, 2 chunks", "slimpi", "slimpi_peer", True,
+                      {"method": "search", "format": kind, "n_chunks": 2}),
+            Contender(f"llama-quantize {kind}, 2 chunks", "llama.cpp", "llama_peer", True,
+                      {"type": kind, "n_chunks": 2}),
+        )
+    ),
 )  # fmt: skip
 
 
