@@ -195,7 +195,7 @@ def row_of(bench: bench_quality.Bench, reference: Path, model: Model, entry: Ent
             reference=False,
         )
         write_atomic(folder / "manifest.json", encode(artifact))
-        scores = [bench_quality.measure(bench, folder, recording) for recording in bench.recordings]
+        scores = [_named(bench_quality.measure(bench, folder, recording)) for recording in bench.recordings]
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     total = sum(model.linear.values())
@@ -214,6 +214,12 @@ def row_of(bench: bench_quality.Bench, reference: Path, model: Model, entry: Ent
     )
 
 
+def _named(score: Score) -> Score:
+    """A text of this machine's folders by its own name: results are shared, paths are not."""
+    corpus = score.corpus
+    return msgspec.structs.replace(score, corpus=Path(corpus).stem) if corpus.startswith("path:") else score
+
+
 def c4_style(where: Places) -> str:
     """Spec of a plain text of the data folder's C4 documents: small, so "C4-style", not C4."""
     source = sources.dataset(f"data:{C4_STYLE}", where.sources)
@@ -226,8 +232,7 @@ def c4_style(where: Places) -> str:
 
 def lines_of(table: Table) -> list[str]:
     texts = [score.corpus for score in table.rows[0].scores] if table.rows else []
-    names = [Path(text.removeprefix("path:")).stem for text in texts]
-    head = f"{'row':34} {'bits':>6} " + " ".join(f"{name:>16} {'KLD [95%]':>26}" for name in names)
+    head = f"{'row':34} {'bits':>6} " + " ".join(f"{text:>16} {'KLD [95%]':>26}" for text in texts)
     lines = [head + f" {'quantize s':>10}"]
     for row in table.rows:
         cells = []
