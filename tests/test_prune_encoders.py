@@ -86,11 +86,14 @@ def test_the_onnx_file_computes_what_the_pruned_model_does(folder: Path, pruner:
     loaded = saved_and_loaded(pruned, folder / "pruned")
     unseen = passages(folder, 60, 24)
     expected = log_p(pruned.model, unseen)
-    assert torch.equal(log_p(loaded, unseen), expected)
+    saved, kept = pruned.model.state_dict(), loaded.state_dict()
+    assert saved.keys() == kept.keys()
+    assert all(torch.equal(saved[name], kept[name]) for name in saved)
+    # Not bit for bit: how weights lie in memory decides the order in which some CPUs' products are summed.
+    assert (log_p(loaded, unseen) - expected).abs().max() < 1e-5
     export_encoder(folder / "pruned", folder / "onnx", LABELS, MAX_TOKENS)
     logits = logits_of((folder / "onnx" / "model.onnx").read_bytes(), unseen)
-    for found in (torch.log_softmax(torch.from_numpy(logits).double(), -1), expected):
-        assert (found - expected).abs().max() < 1e-4
+    assert (torch.log_softmax(torch.from_numpy(logits).double(), -1) - expected).abs().max() < 1e-4
     assert np.abs(logits - torch_logits(loaded, unseen)).max() < 1e-4
     measured = divergence(log_p(whole.encoder.model, whole.passages), log_p(loaded, whole.passages))
     assert facts["kl_divergence"] == pytest.approx(measured, rel=1e-3)
@@ -100,7 +103,10 @@ def test_the_onnx_file_computes_what_the_pruned_model_does(folder: Path, pruner:
     assert summary.n_weights == sum(p.numel() for p in loaded.parameters())
     assert summary.n_weights < sum(p.numel() for p in whole.encoder.model.parameters())
     make_variant(folder / "onnx" / "model.onnx", folder / "int8", "INT8-dynamic")
-    assert (logits_of((folder / "int8" / "model.onnx").read_bytes(), unseen).argmax(1) == logits.argmax(1)).mean() > 0.8
+    rounded = logits_of((folder / "int8" / "model.onnx").read_bytes(), unseen)
+    spread = logits - logits.mean(0)
+    # 0.08 to 0.42 here; logits of another model would be at 1 and more
+    assert np.linalg.norm(rounded - logits) < 0.7 * np.linalg.norm(spread)
 
 
 def torch_logits(model: Any, text: Calibration) -> np.ndarray:
