@@ -33,8 +33,7 @@ class FineTuning(Settings, frozen=True, kw_only=True):
 
     patience: evaluations without a better validation loss before stopping; evaluations_per_epoch of them an epoch.
     layer_decay: a layer learns at this factor of the rate of the layer above (Sun et al. 2019, section 5.3.4).
-    tidy: the tokenizer takes URLs for one word and mends broken characters (TIDY). seed: added to the training's, so
-    that an ensemble can have one encoder more than once.
+    tidy: the tokenizer takes URLs for one word and mends broken characters (TIDY).
     """
 
     trained: str = "all"
@@ -48,7 +47,6 @@ class FineTuning(Settings, frozen=True, kw_only=True):
     evaluations_per_epoch: int = 2
     patience: int = 3
     tidy: bool = True
-    seed: int = 0
 
 
 @dataclass(frozen=True)

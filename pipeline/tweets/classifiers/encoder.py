@@ -87,8 +87,7 @@ def train_transformer(job: Job, settings: TransformerSettings) -> EncoderModel:
 
 def _tune(job: Job, settings: TransformerSettings, tweets: Sequence[Tweet], progress: Tick) -> FineTuned:
     rows, validation = (([t.text for t in part], labels(part).tolist()) for part in (tweets, job.validation))
-    seed = job.seed + settings.seed
-    return fine_tune(_folder(job), rows, validation, LABELS, settings.max_tokens, settings, seed, progress)
+    return fine_tune(_folder(job), rows, validation, LABELS, settings.max_tokens, settings, job.seed, progress)
 
 
 def find_components(job: Job, settings: TransformerSettings) -> Evolved:
