@@ -2,7 +2,8 @@
 
 After Zhang et al. 2025 (MXQ): every linear layer in b1 bits, groups of g1, scales and zeros in 8 bits. Rows: HQQ and
 GPTQ and AWQ in one format (b4g32 ... b3g128); MXQ, a mixed-integer program that chooses (b1, g1) for each matrix by the
-Frobenius error of HQQ's codes; the same program by the output's error on calibration text, and its plan coded by GPTQ.
+Frobenius error of HQQ's codes; the same program by the KL divergence that those errors predict, which slimpi's own
+budgets go by; both plans coded by GPTQ too.
 
 These formats are in no runtime: the weights they stand for are written as F16 and run by llama.cpp, and bits a weight
 are counted as in the paper's equation 2. Embeddings and norms stay as they are. Goes on where it was stopped.
@@ -23,6 +24,7 @@ from pathlib import Path
 import bench_quality
 import msgspec
 import numpy as np
+import torch
 from bench_common import at_least, command, now, output_options, result_path
 from gguf import GGMLQuantizationType
 from quality_rows import Score, mean_interval
@@ -30,7 +32,7 @@ from quality_rows import Score, mean_interval
 from device.schema import File, Record, encode, read_record, sha256_file, write_atomic
 from pipeline import plan as plans
 from pipeline import plan_costs, plan_milp, quantize, sources
-from pipeline.calibration_stages import input_stats
+from pipeline.calibration_stages import input_stats, output_sensitivity
 from pipeline.checkpoint import Checkpoint, Tensor, load
 from pipeline.export.gguf import EncodedTensor, export_gguf, gguf_tensors
 from pipeline.exporter import Context
@@ -44,6 +46,8 @@ BUDGETS = (4.75, 4.50, 4.25, 4.00, 3.75, 3.50, 3.25, 3.00, 2.75)
 KINDS = tuple(name for name in FORMATS if name.startswith("MXQ_"))
 C4_STYLE = "web/c4_guardian.jsonl.gz"
 TEXTS = ("wikitext2-test", "ptb-test")
+OBJECTIVES = {"frobenius": "MXQ", "predicted": "predicted divergence"}
+"""What the program minimises, and how rows call it."""
 
 
 class Row(Record, frozen=True, kw_only=True):
@@ -79,12 +83,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint, its linear layers {name: weights}, and the statistics of their inputs."""
+    """A checkpoint, its linear layers {name: weights}, the statistics of their inputs, and how much the model's output
+    feels an error in each of their rows."""
 
     checkpoint: Checkpoint
     linear: dict[str, int]
     columns: dict[str, int]
     stats: dict[str, Stats]
+    felt: dict[str, torch.Tensor]
 
 
 def entries(model: Model, errors: Callable[[str], plan_costs.Costs]) -> list[Entry]:
@@ -100,9 +106,9 @@ def entries(model: Model, errors: Callable[[str], plan_costs.Costs]) -> list[Ent
     for name, method in (("GPTQ", "gptq"), ("AWQ", "awq")):
         found += [Entry(f"{name} b{b}g128", method, uniform(f"MXQ_B{b}_G128")) for b in (4, 3)]
     for bits in BUDGETS:
-        found.append(Entry(f"MXQ {bits:.2f}", "hqq", mixed("frobenius", bits)))
-        found.append(Entry(f"MXQ, output error {bits:.2f}", "hqq", mixed("output", bits)))
-        found.append(Entry(f"MXQ, output error + GPTQ {bits:.2f}", "gptq", mixed("output", bits)))
+        for measure, name in OBJECTIVES.items():
+            found.append(Entry(f"{name} {bits:.2f}", "hqq", mixed(measure, bits)))
+            found.append(Entry(f"{name} + GPTQ {bits:.2f}", "gptq", mixed(measure, bits)))
     return found
 
 
@@ -119,18 +125,21 @@ def error_tables(model: Model, progress: Progressor) -> dict[str, plan_costs.Cos
     """{measure: {matrix: {format: error}}} of HQQ's codes."""
     tensors = gguf_tensors(model.checkpoint)
     choices = {name: [k for k in KINDS if model.columns[name] % FORMATS[k].block_size == 0] for name in model.linear}
-    tables: dict[str, plan_costs.Costs] = {"frobenius": {}, "output": {}}
+    tables: dict[str, plan_costs.Costs] = {measure: {name: {} for name in model.linear} for measure in OBJECTIVES}
     device = quantize.compute_device()
     n_layers = model.checkpoint.config["num_hidden_layers"]
     with progress.step("errors of HQQ's codes in each format") as tick:
         for index in range(n_layers):
             layer = quantize.read_layer(tensors, index, (), device)
             prefix = f"blk.{index}."
-            stats = {name.removeprefix(prefix): s for name, s in model.stats.items() if name.startswith(prefix)}
-            for measure, table in tables.items():
-                table |= plan_costs.layer_errors(
-                    layer, stats, choices, METHODS["hqq"].run, plan_costs.MEASURES[measure]
-                )
+            hessians = {name: model.stats[prefix + name].hessian().double() for name in layer.matrices}
+            for kind in KINDS:
+                formats = {name: FORMATS[kind] for name in layer.matrices if kind in choices[prefix + name]}
+                for name, coded in METHODS["hqq"].run(layer, {}, formats).tensors.items():
+                    error = (layer.matrices[name] - coded.dequantize()).double().cpu()
+                    by_row = ((error @ hessians[name]) * error).sum(1)
+                    tables["frobenius"][prefix + name][kind] = plan_costs.frobenius(error, None)
+                    tables["predicted"][prefix + name][kind] = 0.5 * float(by_row @ model.felt[prefix + name].double())
             tick(index + 1, n_layers, "layers")
     return tables
 
@@ -271,9 +280,10 @@ def run(options: argparse.Namespace, where: Places, out: Path) -> Table:
     shapes = plans.read_base(base)
     checkpoint = load(base)
     stats, _ = input_stats(context, base)
+    felt, _ = output_sensitivity(context, checkpoint)
     linear = {name: math.prod(shapes.shapes[name]) for name in shapes.linear}
-    model = Model(checkpoint, linear, {name: shapes.shapes[name][-1] for name in shapes.linear}, stats)
-    key = digest([bench.source.sha256, bench.calibration.file.sha256, tool_versions()])
+    model = Model(checkpoint, linear, {name: shapes.shapes[name][-1] for name in shapes.linear}, stats, felt.rows)
+    key = digest([bench.source.sha256, bench.calibration.file.sha256, sorted(OBJECTIVES), tool_versions()])
     errors = saved_errors(model, where.stages / f"mxq-errors-{key[:16]}.json", progress)
     rows = {row.label: row for row in read_record(out, Table).rows} if out.exists() else {}
     order = entries(model, errors)

@@ -18,12 +18,16 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))  # scripts,
 import mxq_table
 
 from pipeline.checkpoint import load
+from pipeline.export.gguf import gguf_tensors
 from pipeline.formats import FORMATS
+from pipeline.layers import Stats
+from pipeline.methods import hqq
 from pipeline.plan_costs import Costs
+from pipeline.progress import Progressor
 
 
 def model_of(n_weights: dict[str, int]) -> mxq_table.Model:
-    return mxq_table.Model(None, n_weights, dict.fromkeys(n_weights, 128), {})  # type: ignore[arg-type]
+    return mxq_table.Model(None, n_weights, dict.fromkeys(n_weights, 128), {}, {})  # type: ignore[arg-type]
 
 
 def test_the_program_takes_the_least_error_that_fits_by_trying_all() -> None:
@@ -51,7 +55,34 @@ def test_the_program_takes_the_least_error_that_fits_by_trying_all() -> None:
 
 def test_every_budget_has_its_rows_once() -> None:
     labels = [entry.label for entry in mxq_table.entries(model_of({}), lambda measure: {})]
-    assert len(labels) == len(set(labels)) == 6 + 4 + 3 * len(mxq_table.BUDGETS)
+    assert len(labels) == len(set(labels)) == 6 + 4 + 4 * len(mxq_table.BUDGETS)
+
+
+def test_errors_are_those_of_a_naive_sum(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path, torch.bfloat16)
+    checkpoint = load(tmp_path)
+    tensors = {
+        n: t.read().float() for n, t in gguf_tensors(checkpoint).items() if n.startswith("blk.") and "norm" not in n
+    }
+    generator = torch.Generator().manual_seed(0)
+    stats, felt = {}, {}
+    for name, w in tensors.items():
+        x = torch.randn(50, w.shape[1], generator=generator)
+        hessian = x.T @ x / 50
+        stats[name] = Stats(hessian.diagonal(), x.abs().mean(0), 50, lambda h=hessian: h)  # type: ignore[misc]
+        felt[name] = torch.rand(w.shape[0], generator=generator)
+    columns = {name: w.shape[1] for name, w in tensors.items()}
+    model = mxq_table.Model(checkpoint, {n: w.numel() for n, w in tensors.items()}, columns, stats, felt)
+    tables = mxq_table.error_tables(model, Progressor())
+    assert tables.keys() == mxq_table.OBJECTIVES.keys()
+    for name in ("blk.0.attn_q.weight", "blk.1.ffn_down.weight"):
+        for kind in ("MXQ_B2_G32", "MXQ_B4_G32"):
+            coded = hqq.quantize(tensors[name], None, FORMATS[kind])[0].dequantize()
+            error, hessian = (tensors[name] - coded).double().numpy(), stats[name].hessian().double().numpy()
+            rows = [float(d @ hessian @ d) for d in error]
+            felt_errors = math.fsum(0.5 * f * r for f, r in zip(felt[name].tolist(), rows, strict=True))
+            assert tables["predicted"][name][kind] == pytest.approx(felt_errors, rel=1e-6)
+            assert tables["frobenius"][name][kind] == pytest.approx(math.sqrt((error**2).sum()), rel=1e-6)
 
 
 @pytest.fixture
@@ -73,7 +104,7 @@ def bench(home: Path, *labels: str) -> int:
 
 @pytest.mark.slow
 def test_a_whole_run_goes_on_from_the_rows_it_has(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    labels = ("HQQ b4g32", "HQQ b3g32", "MXQ 3.50", "MXQ, output error + GPTQ 3.50")
+    labels = ("HQQ b4g32", "HQQ b3g32", "MXQ 3.50", "predicted divergence + GPTQ 3.50")
     assert bench(home, *labels) == 0
     table = read_record(home / "mxq.json", mxq_table.Table)
     rows = {row.label: row for row in table.rows}
