@@ -122,6 +122,15 @@ class Meter:
         return fmean(self.divergences(formats, n))
 
 
+@dataclass(frozen=True)
+class Measures:
+    """What every plan is told by: divergences on two texts, and what a device's products take, where it is known."""
+
+    calibration: Meter
+    test: Meter
+    latency: plan_costs.Costs | None
+
+
 def meter(model: Model, chunks: torch.Tensor) -> Meter:
     """Call it while the model still has its own weights."""
     return Meter(model, chunks, [model.log_probs(chunk) for chunk in chunks])
@@ -221,14 +230,8 @@ def token_ns(formats: Formats, latency: plan_costs.Costs) -> float:
     return math.fsum(latency[name][kind] for name, kind in formats.items())
 
 
-def row_of(
-    label: str,
-    target: float,
-    choose: Callable[[], Formats],
-    calibration: Meter,
-    test: Meter,
-    latency: plan_costs.Costs | None,
-) -> Row:
+def row_of(label: str, target: float, choose: Callable[[], Formats], by: Measures) -> Row:
+    calibration = by.calibration
     before, began = calibration.n_measured, time.monotonic()
     formats = choose()
     seconds = time.monotonic() - began
@@ -241,9 +244,9 @@ def row_of(
         counts={kind: list(formats.values()).count(kind) for kind in TYPES},
         n_measured=calibration.n_measured - before,
         fitness=calibration.fitness(formats),
-        kld_chunks=test.divergences(formats, len(test.chunks)),
+        kld_chunks=by.test.divergences(formats, len(by.test.chunks)),
         seconds=seconds,
-        token_us=token_ns(formats, latency) / 1e3 if latency else None,
+        token_us=token_ns(formats, by.latency) / 1e3 if by.latency else None,
     )
 
 
@@ -271,6 +274,7 @@ def run(options: argparse.Namespace, where: Places, out: Path) -> Plans:
     sizes = plan.sizes(base, plan.choices(base, base.linear, TYPES), padded=False)
     report = read_record(options.profile, Report) if options.profile else None
     latency = plan_costs.latencies(report, base, sizes) if report else None
+    measures = Measures(calibration, test, latency)
     table = Plans(
         model=recipe.name,
         cpu=cpu_model(),
@@ -286,7 +290,7 @@ def run(options: argparse.Namespace, where: Places, out: Path) -> Plans:
     def add(label: str, target: float, choose: Callable[[], Formats]) -> None:
         nonlocal table
         with progress.step(f"{label}, {target} bits" if target else label):
-            row = row_of(label, target, choose, calibration, test, latency)
+            row = row_of(label, target, choose, measures)
         progress.say(f"    KLD {fmean(row.kld_chunks):.5f}, {row.seconds:.1f} s")
         table = msgspec.structs.replace(table, rows=[*table.rows, row])
         write_atomic(out, encode(table))

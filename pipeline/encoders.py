@@ -16,6 +16,7 @@ import torch
 
 from device.schema import SlimpiError
 from pipeline.encoder_parts import attach_kept_heads
+from pipeline.pooling import attach_pooling
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,9 @@ def load_encoder(model_dir: Path, labels: list[str], max_tokens: int, seed: int 
     _check_body(model, fresh, model_dir)
     _check_positions(model, max_tokens, model_dir)
     attach_kept_heads(model)
-    return Encoder(model.eval(), tokenizer, fresh)
+    attach_pooling(model)
+    kept = {name for name, _ in model.named_parameters()}
+    return Encoder(model.eval(), tokenizer, tuple(name for name in fresh if name in kept))
 
 
 def head_linear(model: Any) -> torch.nn.Linear:

@@ -23,6 +23,7 @@ from pipeline.tweets.batches import length_batches
 from pipeline.tweets.transformer import (
     FineTuned,
     FineTuning,
+    calibrated_loss,
     components,
     cross_entropy,
     encoder_logits,
@@ -81,7 +82,7 @@ def test_it_learns_and_exports_as_any_encoder(family: str, tmp_path: Path) -> No
     logits = encoder_logits(fit.encoder, texts, MAX_TOKENS)
     assert (logits.argmax(1) == targets).mean() > 0.7
     assert fit.validation_losses[fit.best_evaluation] == min(fit.validation_losses)
-    best = cross_entropy(encoder_logits(fit.encoder, rows(40, 1)[0], MAX_TOKENS), rows(40, 1)[1])
+    best = calibrated_loss(encoder_logits(fit.encoder, rows(40, 1)[0], MAX_TOKENS), rows(40, 1)[1])
     assert best == pytest.approx(min(fit.validation_losses), abs=1e-6)
     encoders.save_encoder(fit.encoder, tmp_path / "tuned")
     export_encoder(tmp_path / "tuned", tmp_path / "onnx", LABELS, MAX_TOKENS)  # compares with torch itself
@@ -96,7 +97,18 @@ def test_stopping_keeps_the_best_weights(tmp_path: Path) -> None:
     fit = tune(tmp_path, settings)
     assert len(fit.validation_losses) == fit.best_evaluation + 1 + 2
     logits = encoder_logits(fit.encoder, rows(30, 1)[0], MAX_TOKENS)
-    assert cross_entropy(logits, rows(30, 1)[1]) == pytest.approx(min(fit.validation_losses), rel=1e-5)
+    assert calibrated_loss(logits, rows(30, 1)[1]) == pytest.approx(min(fit.validation_losses), rel=1e-5)
+
+
+@given(st.integers(0, 2**32 - 1), st.floats(0.1, 10))
+def test_the_calibrated_loss_is_that_of_the_best_temperature(seed: int, scale: float) -> None:
+    rng = np.random.default_rng(seed)
+    targets = rng.integers(0, 2, 80)
+    logits = rng.normal(0, 1, (80, 2)) + np.eye(2)[targets]
+    found = calibrated_loss(logits * scale, targets)
+    tried = min(cross_entropy(logits / t, targets) for t in np.geomspace(0.2, 5, 400))
+    assert found == pytest.approx(tried, abs=1e-4)
+    assert found <= cross_entropy(logits * scale, targets) + 1e-6
 
 
 def test_bad_input_is_told(tmp_path: Path) -> None:

@@ -1,5 +1,8 @@
 """Fine-tuning an encoder's components for classification: AdamW, warm-up and linear decay, early stopping.
 
+It stops by the validation loss of calibrated probabilities: a temperature is fit afterwards anyway, and without it
+confidence that grows hides what the encoder still learns.
+
 Texts are batched by length, so that little is padded (the tweets here have 8 to 60 tokens). What is frozen is told
 by component: the embeddings, each layer, and the head (everything behind the last layer).
 """
@@ -11,7 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +22,7 @@ import torch
 
 from device.schema import SlimpiError
 from pipeline.encoders import Encoder, encode_batch, load_encoder
+from pipeline.pooling import MEAN, pool_mean
 from pipeline.progress import Tick, quiet
 from pipeline.tweets.batches import length_batches
 from pipeline.tweets.settings import Settings
@@ -34,6 +38,7 @@ class FineTuning(Settings, frozen=True, kw_only=True):
     patience: evaluations without a better validation loss before stopping; evaluations_per_epoch of them an epoch.
     layer_decay: a layer learns at this factor of the rate of the layer above (Sun et al. 2019, section 5.3.4).
     tidy: the tokenizer takes URLs for one word and mends broken characters (TIDY).
+    pooling: whether the head reads the "first" token's state or the "mean" over tokens (see pipeline.pooling).
     """
 
     trained: str = "all"
@@ -47,11 +52,12 @@ class FineTuning(Settings, frozen=True, kw_only=True):
     evaluations_per_epoch: int = 2
     patience: int = 3
     tidy: bool = True
+    pooling: Literal["first", "mean"] = "first"
 
 
 @dataclass(frozen=True)
 class FineTuned:
-    """The encoder as it was at its best validation loss, and how it got there."""
+    """The encoder as it was at its best validation loss (calibrated), and how it got there."""
 
     encoder: Encoder
     validation_losses: tuple[float, ...]
@@ -95,6 +101,8 @@ def tune_encoder(
         raise SlimpiError(f"{len(texts)} training and {len(validation[0])} validation rows: give some of each.")
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = encoder.model.to(where)
+    if settings.pooling == MEAN:
+        pool_mean(model)
     chosen = choose_components(model, settings.trained)
     if settings.tidy:
         tidy_tokenizer(encoder)
@@ -132,7 +140,8 @@ def _loop(
     """Validation losses, and (index, state) of the best."""
     model = encoder.model
     groups = _groups(model, chosen, settings)
-    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate)
+    # Fused: one pass over the weights, of which the embeddings that no text of the batch holds are most.
+    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, fused=True)
     per_epoch = math.ceil(len(texts) / settings.batch_size)
     total = per_epoch * settings.epochs
     warmup = max(1, int(total * settings.warmup_share))
@@ -153,7 +162,7 @@ def _loop(
             done += 1
             progress(done, total, f"batches, validation loss {losses[-1]:.4f}" if losses else "batches")
             if number in check_at:
-                losses.append(cross_entropy(encoder_logits(encoder, validation[0], max_tokens), validation[1]))
+                losses.append(calibrated_loss(encoder_logits(encoder, validation[0], max_tokens), validation[1]))
                 if losses[-1] == min(losses):
                     best = len(losses) - 1, copy.deepcopy(model.state_dict())
                 elif len(losses) - 1 - best[0] >= settings.patience:
@@ -202,6 +211,18 @@ def cross_entropy(logits: FloatArray, targets: Sequence[int] | IntArray) -> floa
     shifted = logits - logits.max(axis=1, keepdims=True)
     log_p = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
     return float(-log_p[np.arange(len(log_p)), np.asarray(targets)].mean())
+
+
+def calibrated_loss(logits: FloatArray, targets: Sequence[int] | IntArray) -> float:
+    """The least cross-entropy, nats, of the logits over any temperature within [0.05, 20] (Guo et al. 2017)."""
+    from scipy.optimize import minimize_scalar
+
+    found = minimize_scalar(
+        lambda log_t: cross_entropy(logits / math.exp(log_t), targets),
+        bounds=(math.log(0.05), math.log(20)),
+        method="bounded",
+    )
+    return float(found.fun)
 
 
 # Components.

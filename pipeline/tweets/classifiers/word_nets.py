@@ -125,7 +125,9 @@ def train_net(net: WordNet, spec: WordSpec, job: Job, settings: NetSettings) -> 
     rng = np.random.default_rng(job.seed)
     where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     net.to(where)
-    optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=settings.learning_rate)
+    optimizer = torch.optim.Adam(
+        [p for p in net.parameters() if p.requires_grad], lr=settings.learning_rate, fused=True
+    )
     best, best_loss, since = copy.deepcopy(net.state_dict()), math.inf, 0
     lengths = [len(row.words) for row in rows]
     with torch.random.fork_rng(devices=[]):
