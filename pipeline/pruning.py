@@ -51,6 +51,7 @@ def pruned_base(context: Context, prepared: Prepared, spec: PruneSpec) -> tuple[
             tick=tick,
             taught=chunks[: 2 * recipe.prune.distill_steps],
             distill_steps=recipe.prune.distill_steps,
+            scratch=context.places.stages,
         )
 
     def make_choice(folder: Path) -> None:

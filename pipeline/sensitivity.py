@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,14 +73,20 @@ def cut(checkpoint: Checkpoint, text: Path, n_ctx: int, n_chunks: int) -> torch.
 
 
 def collect(
-    checkpoint: Checkpoint, chunks: torch.Tensor, device: torch.device, seed: int = 0, tick: Tick = quiet
+    checkpoint: Checkpoint,
+    chunks: torch.Tensor,
+    device: torch.device,
+    seed: int = 0,
+    tick: Tick = quiet,
+    model: Any = None,
 ) -> Sensitivity:
     """The factors over `chunks` (n, n_ctx) of tokens, for every matrix.
 
     1/2 sum over rows of factor * E[(D_r x)^2] is the divergence of a token, in nats. The whole model is in memory in
-    float32, and one chunk's activations. The same seed gives the same tokens.
+    float32, and one chunk's activations. The same seed gives the same tokens. model: the checkpoint's in transformers
+    on the device, where there is one already.
     """
-    model = in_transformers(checkpoint).to(device)
+    model = in_transformers(checkpoint).to(device) if model is None else model
     taps = {name: _Tap(module) for name, module in _linears(checkpoint, model).items()}
     embed, ends = model.get_input_embeddings(), _Ends(model)
     generator = torch.Generator(device).manual_seed(seed)
@@ -90,6 +97,8 @@ def collect(
         log_p.gather(1, drawn).sum().backward()
         ends.add(chunk.to(device), embedded, log_p.detach())
         tick(done, len(chunks), "chunks")
+    for hook in [*ends.hooks, *(hook for tap in taps.values() for hook in tap.hooks)]:
+        hook.remove()
     found = {}
     for name, tap in taps.items():
         order = row_order(checkpoint.architecture, checkpoint.config, name)
@@ -110,7 +119,7 @@ class _Ends:
         self.n_tokens = 0
         self.counts, self.curvature = torch.zeros(n_rows, device=device), torch.zeros(n_rows, device=device)
         self.gradients, self.hidden = (torch.zeros(n_columns, n_columns, device=device) for _ in range(2))
-        self.head.register_forward_pre_hook(self._keep)
+        self.hooks = [self.head.register_forward_pre_hook(self._keep)]
 
     def _keep(self, module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         self.last = args[0].detach()[0].float()
@@ -141,8 +150,7 @@ class _Tap:
     def __init__(self, module: torch.nn.Module) -> None:
         self.rows = torch.zeros(())
         self.inputs = 0.0
-        module.register_forward_pre_hook(self._keep)
-        module.register_full_backward_hook(self._add)
+        self.hooks = [module.register_forward_pre_hook(self._keep), module.register_full_backward_hook(self._add)]
 
     def _keep(self, module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         self.x = args[0].detach()[0]

@@ -20,11 +20,12 @@ from test_convert import agreement
 from tiny_models import PROSE, save_tiny
 
 from device.schema import SlimpiError
+from pipeline import sensitivity
 from pipeline.build import build
 from pipeline.checkpoint import Checkpoint, load
 from pipeline.export.gguf import export_gguf
 from pipeline.progress import Progressor, quiet
-from pipeline.prune import PRUNERS, PruneSpec, Subject, choose, depth, distill, parse_prune, prune, sparse
+from pipeline.prune import PRUNERS, PruneSpec, Subject, choose, depth, distill, parse_prune, prune, sparse, spill
 from pipeline.prune.allocate import interpolated
 from pipeline.prune.choice import load_pruned, save_pruned
 from pipeline.prune.cut import Cut, LayerCut, apply, describe, dims_of
@@ -364,6 +365,35 @@ def tiny_recipe(folder: Path, variants: list[str]) -> Recipe:
         prune=Prune(measured=2, fitted=8),
         golden=Golden(n=4, n_tokens=16),
     )
+
+
+def test_what_is_put_aside_is_what_was(
+    subjects: Callable[[str], Subject], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Moments and surgeries in files give the same cut and weights, and the files are gone by name."""
+    held = subjects("llama")
+    expected = PRUNERS["widths_fisher"](held, 0.3)
+    aside = Subject(held.checkpoint, held.measured, held.fitted, CPU, scratch=tmp_path)
+    monkeypatch.setattr(spill, "SMALL_BYTES", 0)
+    found = PRUNERS["widths_fisher"](aside, 0.3)
+    assert "judge" not in vars(aside)  # a second model in memory
+    assert found.cut == expected.cut
+    assert found.new.keys() == expected.new.keys()
+    for name, value in expected.new.items():
+        assert torch.equal(found.new[name], value), name
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(SlimpiError, match=r"cannot put \d+ bytes aside"):
+        spill.spilled(torch.zeros(8), tmp_path / "missing")
+
+
+def test_what_looks_at_gradients_leaves_the_model_as_it_was(subjects: Callable[[str], Subject]) -> None:
+    stream = subjects("llama").evidence.stream
+    hooks = [(len(m._forward_pre_hooks), len(m._backward_hooks)) for m in stream.model.modules()]
+    own = sensitivity.collect(stream.checkpoint, stream.chunks[:1], CPU)
+    lent = sensitivity.collect(stream.checkpoint, stream.chunks[:1], CPU, model=stream.model)
+    assert hooks == [(len(m._forward_pre_hooks), len(m._backward_hooks)) for m in stream.model.modules()]
+    for name, rows in own.rows.items():
+        assert torch.equal(rows, lent.rows[name]), name
 
 
 def test_a_choice_is_read_back_as_written(subjects: Callable[[str], Subject], tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -31,7 +32,8 @@ AUTO = "AUTO"
 @dataclass
 class Subject:
     """A whole model, and the chunks (n, n_ctx) of text by which cuts are measured, by which moments are taken and
-    repairs fit, and which a distillation goes through. What is made of them is made once, when it is asked for."""
+    repairs fit, and which a distillation goes through. What is made of them is made once, when it is asked for; what is
+    large is put aside in the folder `scratch`, if there is one."""
 
     checkpoint: Checkpoint
     measured: torch.Tensor
@@ -40,6 +42,7 @@ class Subject:
     tick: Tick = quiet
     taught: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     distill_steps: int = 0
+    scratch: Path | None = None
 
     @cached_property
     def judge(self) -> Judge:
@@ -48,7 +51,7 @@ class Subject:
     @cached_property
     def evidence(self) -> Evidence:
         stream = Stream(self.checkpoint, self.fitted, self.device)
-        return Evidence(stream, moments.collect(stream, self.tick))
+        return Evidence(stream, moments.collect(stream, self.tick, self.scratch), self.scratch)
 
 
 Pruner = Callable[[Subject, float], Pruned]
@@ -86,7 +89,7 @@ PRUNERS: Mapping[str, Pruner] = MappingProxyType(
         # By the optimal brain surgeon; uneven by measured divergence, or predicted from the output's curvature.
         "width": _width(widths.uniform_surgery),
         "widths": _width(allocate.measured),
-        "widths_fisher": _width(allocate.predicted),
+        "widths_fisher": lambda subject, share: allocate.predicted(subject.evidence, share, subject.tick),
         # Narrower hidden states.
         "hidden": lambda subject, share: hidden.hidden(subject.judge, share, subject.tick),
         # Zeros in matrices of the old size, of each row or two of four: nothing gets smaller or faster.

@@ -9,7 +9,8 @@ many cuts do at once is an assumption.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from pipeline import plan_milp, sensitivity
 from pipeline.progress import Tick, quiet
 from pipeline.prune.cut import ATTENTION, MLP, Cut, Dims, LayerCut, indices_of
 from pipeline.prune.scores import Evidence
+from pipeline.prune.spill import spilled
 from pipeline.prune.stream import Judge
 from pipeline.prune.surgery import Surgery, operate
 from pipeline.prune.widths import Pruned
@@ -62,11 +64,12 @@ def measured(judge: Judge, evidence: Evidence, share: float, tick: Tick = quiet)
     return _allocated(evidence, share, errors, tick)
 
 
-def predicted(judge: Judge, evidence: Evidence, share: float, tick: Tick = quiet) -> Pruned:
+def predicted(evidence: Evidence, share: float, tick: Tick = quiet) -> Pruned:
     """To second order: 1/2 sum over rows of the output's Fisher information and E[(row of W - W') x]^2, from one
     backward pass (see pipeline.sensitivity). Minutes where measuring takes an hour."""
     stream = evidence.stream
-    felt = sensitivity.collect(stream.checkpoint, stream.chunks[:_FELT_CHUNKS], stream.device, tick=tick).rows
+    chunks = stream.chunks[:_FELT_CHUNKS]
+    felt = sensitivity.collect(stream.checkpoint, chunks, stream.device, tick=tick, model=stream.model).rows
 
     def errors(part: Part) -> dict[int, float]:
         ends, moments = stream.ends[part.layer], evidence.moments[part.layer]
@@ -123,10 +126,15 @@ def _operated(evidence: Evidence, index: int) -> tuple[Part, Part]:
     groups, channels, width = list(range(dims.groups + 1)), levels(dims), dims.head * dims.queries_per_group
     first = operate(ends.attention.weight.detach().cpu(), attention.hessian, width, groups)
     second = operate(ends.mlp.weight.detach().cpu(), mlp.hessian, 1, channels)
+    first, second = (_aside(surgery, evidence.scratch) for surgery in (first, second))
     return (
         Part(index, ATTENTION, first, groups, dims.group_weights),
         Part(index, MLP, second, channels, dims.channel_weights),
     )
+
+
+def _aside(surgery: Surgery, scratch: Path | None) -> Surgery:
+    return replace(surgery, matrices={count: spilled(matrix, scratch) for count, matrix in surgery.matrices.items()})
 
 
 def _pruned(parts: list[Part], counts: dict[str, int], dims: Dims) -> Pruned:

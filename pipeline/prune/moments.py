@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from pipeline.progress import Tick, quiet
+from pipeline.prune.spill import spilled
 from pipeline.prune.stream import BATCH, Stream
 
 
@@ -37,13 +39,14 @@ class Sums:
         self.x += x.sum(0, dtype=torch.float64)
         self.abs_x += x.abs().sum(0, dtype=torch.float64)
 
-    def moments(self) -> Moments:
-        return Moments(self.xx.cpu() / self.n, (self.x / self.n).float().cpu(), (self.abs_x / self.n).float().cpu())
+    def moments(self, scratch: Path | None = None) -> Moments:
+        hessian = spilled(self.xx.cpu() / self.n, scratch)
+        return Moments(hessian, (self.x / self.n).float().cpu(), (self.abs_x / self.n).float().cpu())
 
 
 @torch.no_grad()
-def collect(stream: Stream, tick: Tick = quiet) -> list[tuple[Moments, Moments]]:
-    """Of every layer (inputs of o_proj, inputs of down_proj), in the whole model."""
+def collect(stream: Stream, tick: Tick = quiet, scratch: Path | None = None) -> list[tuple[Moments, Moments]]:
+    """Of every layer (inputs of o_proj, inputs of down_proj), in the whole model; large ones in files in `scratch`."""
     stream.set(stream.dims.whole)
     hidden, found = stream.embedded, []
     for index in range(len(stream.layers)):
@@ -54,6 +57,6 @@ def collect(stream: Stream, tick: Tick = quiet) -> list[tuple[Moments, Moments]]
         for gate in stream.gates[index]:
             gate.seen = None
         hidden = torch.cat(parts)
-        found.append((sums[0].moments(), sums[1].moments()))
+        found.append((sums[0].moments(scratch), sums[1].moments(scratch)))
         tick(index + 1, len(stream.layers), "layers")
     return found

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -25,10 +26,12 @@ Column = Callable[[torch.Tensor, Moments], torch.Tensor]
 
 @dataclass(frozen=True)
 class Evidence:
-    """What scores are made from: the whole model in a stream, and the moments of its parts' last inputs."""
+    """What scores are made from: the whole model in a stream, and the moments of its parts' last inputs. scratch: where
+    large results may be put aside."""
 
     stream: Stream
     moments: list[tuple[Moments, Moments]]
+    scratch: Path | None = None
 
 
 def magnitude(matrix: torch.Tensor, moments: Moments) -> torch.Tensor:
