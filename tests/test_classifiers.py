@@ -248,6 +248,24 @@ def test_ensemble_is_the_weighted_mean_of_calibrated_probabilities(places: Path)
     assert np.abs(1 / (1 + np.exp(-model.log_odds(tweets))) - mean).max() < 1e-9
 
 
+def test_an_encoder_can_be_in_an_ensemble_twice(places: Path) -> None:
+    """With a seed of its own each is another model; with the same they are one."""
+    short = toy_settings("transformer", places / "vectors.txt") | {"epochs": 3, "pooling": "mean"}
+    new = toy_tweets(20, seed=3)
+
+    def twice(*seeds: int) -> Decider:
+        members = [{"classifier": "transformer", "settings": {**short, "seed": seed}} for seed in seeds]
+        return train_decider(
+            "ensemble", {"members": members}, toy_tweets(), places / "hf", places, places / "work", 0, 0.2
+        )
+
+    same, other = twice(0, 0), twice(0, 1)
+    assert not np.allclose(same.model.log_odds(new), other.model.log_odds(new))
+    other.export(places / "twice")
+    found = run(places / "twice" / "model.onnx", other, [new])
+    np.testing.assert_allclose(found, other.logits(new), atol=1e-4)
+
+
 def test_members_that_read_texts_differently_are_refused(places: Path) -> None:
     a, b = (fit("mlp", places, epochs=1, max_words=n).model for n in (32, 30))
     with pytest.raises(SlimpiError, match="max_words 32 and 30"):

@@ -39,12 +39,14 @@ BATCH_SIZE = 64
 
 class TransformerSettings(FineTuning, frozen=True, kw_only=True):
     """trained: as in FineTuning, or "search": an `evolution` finds the components, each tried on the first search_rows
-    rows (0 = all) for search_epochs; then these are trained on all."""
+    rows (0 = all) for search_epochs; then these are trained on all. seed: added to the job's, so that an ensemble can
+    have the same encoder twice."""
 
     max_tokens: int = 64
     evolution: Evolution = Evolution()
     search_rows: int = 1000
     search_epochs: int = 1
+    seed: int = 0
 
 
 class EmbeddingSettings(Settings, frozen=True, kw_only=True):
@@ -87,7 +89,9 @@ def train_transformer(job: Job, settings: TransformerSettings) -> EncoderModel:
 
 def _tune(job: Job, settings: TransformerSettings, tweets: Sequence[Tweet], progress: Tick) -> FineTuned:
     rows, validation = (([t.text for t in part], labels(part).tolist()) for part in (tweets, job.validation))
-    return fine_tune(_folder(job), rows, validation, LABELS, settings.max_tokens, settings, job.seed, progress)
+    return fine_tune(
+        _folder(job), rows, validation, LABELS, settings.max_tokens, settings, job.seed + settings.seed, progress
+    )
 
 
 def find_components(job: Job, settings: TransformerSettings) -> Evolved:
