@@ -29,7 +29,7 @@ from pipeline.tweets.classifiers.ensemble import EnsembleSettings, mean_log_odds
 from pipeline.tweets.data import Split, Tweet, folds, split
 
 VALIDATION_SHARE = 0.1
-VERSION = 1
+VERSION = 2
 """Part of the key of kept predictions: raise it when training changes."""
 
 
