@@ -31,7 +31,7 @@ from quality_rows import Score, mean_interval
 
 from device.schema import File, Record, encode, read_record, sha256_file, write_atomic
 from pipeline import plan as plans
-from pipeline import plan_costs, plan_milp, quantize, sources
+from pipeline import plan_costs, plan_milp, quantize, sensitivity, sources
 from pipeline.calibration_stages import input_stats, output_sensitivity
 from pipeline.checkpoint import Checkpoint, Tensor, load
 from pipeline.export.gguf import EncodedTensor, export_gguf, gguf_tensors
@@ -137,9 +137,9 @@ def error_tables(model: Model, progress: Progressor) -> dict[str, plan_costs.Cos
                 formats = {name: FORMATS[kind] for name in layer.matrices if kind in choices[prefix + name]}
                 for name, coded in METHODS["hqq"].run(layer, {}, formats).tensors.items():
                     error = (layer.matrices[name] - coded.dequantize()).double().cpu()
-                    by_row = ((error @ hessians[name]) * error).sum(1)
                     tables["frobenius"][prefix + name][kind] = plan_costs.frobenius(error, None)
-                    tables["predicted"][prefix + name][kind] = 0.5 * float(by_row @ model.felt[prefix + name].double())
+                    felt = model.felt[prefix + name].double()
+                    tables["predicted"][prefix + name][kind] = sensitivity.predicted(error, hessians[name], felt)
             tick(index + 1, n_layers, "layers")
     return tables
 

@@ -59,6 +59,11 @@ def outer_stats(felt: Sensitivity) -> dict[str, Stats]:
     return found
 
 
+def predicted(error: torch.Tensor, hessian: torch.Tensor, rows: torch.Tensor) -> float:
+    """Nats a token that W - W^ = error (rows, columns) is predicted to cost, with E[x x^T] and a matrix's factors."""
+    return float(0.5 * (rows * ((error @ hessian) * error).sum(1)).sum())
+
+
 def cut(checkpoint: Checkpoint, text: Path, n_ctx: int, n_chunks: int) -> torch.Tensor:
     """int64 (n_chunks, n_ctx) tokens of the text's start, BOS first in each if the model adds one; n_chunks 0 = all."""
     vocab = checkpoint.vocab

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import msgspec
@@ -375,7 +376,16 @@ def test_what_is_put_aside_is_what_was(
     expected = PRUNERS["widths_fisher"](held, 0.3)
     aside = Subject(held.checkpoint, held.measured, held.fitted, CPU, scratch=tmp_path)
     monkeypatch.setattr(spill, "SMALL_BYTES", 0)
+    files: list[Path] = []
+
+    def opened(**options: Any) -> Any:
+        files.append(options["dir"])
+        return TemporaryFile(**options)
+
+    monkeypatch.setattr(spill.tempfile, "TemporaryFile", opened)
     found = PRUNERS["widths_fisher"](aside, 0.3)
+    assert len(files) > 2 * len(held.evidence.moments)  # these, and the matrices of the surgeries
+    assert set(files) == {tmp_path}
     assert "judge" not in vars(aside)  # a second model in memory
     assert found.cut == expected.cut
     assert found.new.keys() == expected.new.keys()

@@ -80,7 +80,7 @@ def predicted(evidence: Evidence, share: float, tick: Tick = quiet) -> Pruned:
         found = {}
         for count in part.counts[:-1]:
             error = whole - part.surgery.matrices[count]
-            found[count] = float(0.5 * (rows * ((error @ hessian) * error).sum(1)).sum())
+            found[count] = sensitivity.predicted(error, hessian, rows)
         return {**found, part.counts[-1]: 0.0}
 
     return _allocated(evidence, share, errors, tick)

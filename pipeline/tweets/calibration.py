@@ -5,6 +5,8 @@ All of it is chosen on validation rows. Log-odds z are log p(1) / p(0); a calibr
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 
@@ -55,13 +57,16 @@ def calibrate(log_odds: FloatArray, targets: IntArray, threshold: str) -> Calibr
 
 def fit_temperature(log_odds: FloatArray, targets: IntArray) -> float:
     """The T > 0 of the least negative log likelihood (Guo et al. 2017, section 4.2), within [0.05, 20]."""
+    signed = np.where(targets == 1, log_odds, -log_odds)
+    return best_temperature(lambda t: float(np.logaddexp(0, -signed / t).mean()))
+
+
+def best_temperature(loss: Callable[[float], float]) -> float:
+    """Where the loss of logits divided by it is least, within [0.05, 20]."""
     from scipy.optimize import minimize_scalar
 
-    signed = np.where(targets == 1, log_odds, -log_odds)
     found = minimize_scalar(
-        lambda log_t: np.logaddexp(0, -signed / np.exp(log_t)).mean(),
-        bounds=(np.log(0.05), np.log(20)),
-        method="bounded",
+        lambda log_t: loss(float(np.exp(log_t))), bounds=(np.log(0.05), np.log(20)), method="bounded"
     )
     return float(np.exp(found.x))
 

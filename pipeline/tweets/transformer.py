@@ -25,6 +25,7 @@ from pipeline.encoders import Encoder, encode_batch, load_encoder
 from pipeline.pooling import MEAN, pool_mean
 from pipeline.progress import Tick, quiet
 from pipeline.tweets.batches import length_batches
+from pipeline.tweets.calibration import best_temperature
 from pipeline.tweets.settings import Settings
 
 FloatArray = npt.NDArray[np.float64]
@@ -215,14 +216,7 @@ def cross_entropy(logits: FloatArray, targets: Sequence[int] | IntArray) -> floa
 
 def calibrated_loss(logits: FloatArray, targets: Sequence[int] | IntArray) -> float:
     """The least cross-entropy, nats, of the logits over any temperature within [0.05, 20] (Guo et al. 2017)."""
-    from scipy.optimize import minimize_scalar
-
-    found = minimize_scalar(
-        lambda log_t: cross_entropy(logits / math.exp(log_t), targets),
-        bounds=(math.log(0.05), math.log(20)),
-        method="bounded",
-    )
-    return float(found.fun)
+    return cross_entropy(logits / best_temperature(lambda t: cross_entropy(logits / t, targets)), targets)
 
 
 # Components.
