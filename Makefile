@@ -77,8 +77,9 @@ bench-plans: install  ## programs by three measures, a genetic algorithm and a s
 bench-mxq: install  ## MXQ's table: perplexity and KL divergence at 4.75 to 2.75 bits, against HQQ, GPTQ and AWQ (hours; resumable)
 	$(BIN)/python benchmarks/mxq_table.py models/gemma-3-270m.toml
 
-bench-prune: install  ## pruning with and without repair against llama-quantize --prune-layers at equal bytes (hours; resumable)
+bench-prune: install  ## pruning against llama-quantize --prune-layers at equal bytes, and of the tweets' classifier (hours; resumable)
 	$(BIN)/python benchmarks/prune_table.py
+	$(BIN)/python benchmarks/prune_encoders.py
 
 tweets: install   ## every classifier of disaster tweets: grouped 5-fold, artifact, latency here, submission (hours; resumable)
 	$(BIN)/python benchmarks/tweets.py
