@@ -10,10 +10,11 @@ export TOKENIZERS_PARALLELISM := false
 
 DEMO_RECIPES := models/smollm2-135m.toml models/minilm-l6-tweets.toml
 
-# The device and what it gets: `make deploy-pi PI=pi@raspberrypi.local`, PI="pi@a pi@b", PI=emulated.
+# The device and what it gets: `make deploy-pi PI=pi@raspberrypi.local`, PI="pi@a pi@b", PI=emulated; other recipes
+# with RECIPES="models/a.toml models/b.toml", all their variants or those of PI_VARIANTS.
 PI ?=
 RECIPES ?= $(DEMO_RECIPES)
-PI_VARIANTS ?= Q8_0 Q4_K_M Q4_0 INT8-dynamic
+PI_VARIANTS ?= $(if $(filter-out $(DEMO_RECIPES),$(RECIPES)),,Q8_0 Q4_K_M Q4_0 INT8-dynamic)
 # Under emulation everything takes 30 to 300 times as long: enough work to show that it is right.
 EMULATED_SIZES := --n-ctx 64 --n-chunks 2 --n-prompt 16 --n-gen 4 --repetitions 3 --limit 16
 DEPLOY_SIZES ?= $(if $(filter emulated,$(PI)),$(EMULATED_SIZES))
