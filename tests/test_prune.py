@@ -220,6 +220,14 @@ def test_surgery_is_greedy_and_exact(width: int) -> None:
     assert torch.equal(found.matrices[12], weight)
 
 
+def test_surgery_of_a_hessian_that_rounding_made_indefinite() -> None:
+    """Sums in float32 of a few huge inputs: damping is not enough for a Cholesky factor, and order needs none."""
+    hessian = torch.diag(torch.tensor([1.0, 2.0, 3.0, 4.0, -0.2]))
+    found = operate(torch.ones(3, 5), hessian, 1, (0, 2, 5))
+    assert sorted(found.order) == list(range(5))
+    assert all(torch.isfinite(matrix).all() for matrix in found.matrices.values())
+
+
 def test_influence_is_the_mean_cosine(subjects: Callable[[str], Subject]) -> None:
     judge = subjects("llama").judge
     flat = [state.reshape(-1, state.shape[-1]).double().numpy() for state in judge.whole]

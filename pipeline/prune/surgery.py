@@ -34,22 +34,25 @@ def operate(weight: torch.Tensor, hessian: torch.Tensor, width: int, levels: Col
     """Remove all units of `width` neighbouring columns of weight (rows, columns), hessian (columns, columns) undamped;
     `levels`: numbers of kept units at which the matrix is wanted."""
     n_units = weight.shape[1] // width
-    w, inverse = weight.double().clone(), _inverse(hessian)
+    w, inverse = weight.double(), _inverse(hessian)  # of the units that are left alone: the work falls with them
+    left = torch.arange(n_units)
     step = max(1, n_units // _STEPS)
-    left = torch.ones(n_units, dtype=torch.bool)
     order: list[int] = []
     matrices, losses, total = {}, {}, 0.0
     while True:
-        kept = n_units - len(order)
-        if kept in levels:
-            matrices[kept], losses[kept] = w.to(weight.dtype), total
-        if not kept:
+        if len(left) in levels:
+            matrices[len(left)], losses[len(left)] = torch.zeros_like(weight), total
+            matrices[len(left)][:, _columns(left, width)] = w.to(weight.dtype)
+        if not len(left):
             return Surgery(tuple(order), matrices, losses)
-        stop = max((level for level in levels if level < kept), default=0)
-        units = torch.topk(_costs(w, inverse, width, left), min(step, kept - stop), largest=False).indices
-        total += _remove(w, inverse, _columns(units, width))
-        left[units] = False
-        order += units.tolist()
+        stop = max((level for level in levels if level < len(left)), default=0)
+        units = torch.topk(_costs(w, inverse, width), min(step, len(left) - stop), largest=False).indices
+        gone = torch.zeros(len(left), dtype=torch.bool)
+        gone[units] = True
+        order += left[units].tolist()
+        w, inverse, loss = _without(w, inverse, gone.repeat_interleave(width))
+        total += loss
+        left = left[~gone]
 
 
 def _damped(hessian: torch.Tensor) -> torch.Tensor:
@@ -59,33 +62,34 @@ def _damped(hessian: torch.Tensor) -> torch.Tensor:
 
 
 def _inverse(hessian: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.inv(_damped(hessian))
+    h = _damped(hessian)
+    lower, failed = torch.linalg.cholesky_ex(h)
+    return torch.linalg.inv(h) if int(failed) else torch.cholesky_inverse(lower)
 
 
 def _columns(units: torch.Tensor, width: int) -> torch.Tensor:
     return (units[:, None] * width + torch.arange(width)).reshape(-1)
 
 
-def _costs(w: torch.Tensor, inverse: torch.Tensor, width: int, left: torch.Tensor) -> torch.Tensor:
-    costs = torch.full((len(left),), torch.inf, dtype=torch.float64)
+def _costs(w: torch.Tensor, inverse: torch.Tensor, width: int) -> torch.Tensor:
+    """(units,) what removing each alone adds to the loss."""
     if width == 1:
-        costs[left] = w.square().sum(0)[left] / inverse.diagonal()[left]
-        return costs
-    for unit in left.nonzero()[:, 0].tolist():
-        columns = slice(unit * width, (unit + 1) * width)
-        costs[unit] = (w[:, columns] * torch.linalg.solve(inverse[columns, columns], w[:, columns].T).T).sum()
-    return costs
+        return w.square().sum(0) / inverse.diagonal()
+    costs = []
+    for start in range(0, w.shape[1], width):
+        columns = slice(start, start + width)
+        costs.append((w[:, columns] * torch.linalg.solve(inverse[columns, columns], w[:, columns].T).T).sum())
+    return torch.stack(costs)
 
 
-def _remove(w: torch.Tensor, inverse: torch.Tensor, gone: torch.Tensor) -> float:
-    """Remove columns in place, the others made to fit; the loss that it adds."""
-    factor = torch.linalg.solve(inverse[gone][:, gone], inverse[gone])
-    removed = w[:, gone]
-    loss = float((removed * torch.linalg.solve(inverse[gone][:, gone], removed.T).T).sum())
-    w -= removed @ factor
-    w[:, gone] = 0
-    inverse -= inverse[:, gone] @ factor
-    inverse[gone] = 0
-    inverse[:, gone] = 0
-    inverse[gone, gone] = 1
-    return loss
+def _without(w: torch.Tensor, inverse: torch.Tensor, gone: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """The columns that stay, made to fit, the inverse of their Hessian, and the loss that it adds."""
+    rows, removed = inverse[gone], w[:, gone]
+    among, across = rows[:, gone], rows[:, ~gone]
+    factor = torch.linalg.solve(among, across)
+    loss = float((removed * torch.linalg.solve(among, removed.T).T).sum())
+    return (
+        torch.addmm(w[:, ~gone], removed, factor, alpha=-1),
+        torch.addmm(inverse[~gone][:, ~gone], across.T, factor, alpha=-1),
+        loss,
+    )
