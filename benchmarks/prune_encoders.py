@@ -3,9 +3,9 @@
     SLIMPI_DATA=FOLDER python benchmarks/prune_encoders.py [--seeds 1] [--variant LAYERS-33-FP32 ...]
 
 models/tweets-minilm.toml is trained on four fifths of the rows, near-duplicates kept on one side, every variant is
-built as a user would build it, calibrated on open text, and the agent's own task classifies the other fifth. Rows are
-kept in benchmarks/results/<machine>/prune_encoders.json; a stopped run goes on. Latencies are the host's: they say
-nothing of a Pi.
+built as a user would build it, pruned by open text (--calibration) or by tweets without labels (--unlabelled), and the
+agent's own task classifies the other fifth. Rows are kept in benchmarks/results/<machine>/prune_encoders.json; a
+stopped run goes on. Latencies are the host's: they say nothing of a Pi.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, median
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -50,17 +51,27 @@ VARIANTS = (
 
 
 class EncoderRow(Record, frozen=True, kw_only=True):
-    """One variant of the classifier of one training seed. correct: 1 or 0 for each test tweet, in order; latency of a
-    tweet alone, tokenization and inference, one thread; `key` is what it was made of, `pruned` what stayed."""
+    """One variant of the classifier of one training seed.
+
+    calibration: what it was pruned by, "" = nothing. correct: 1 or 0 for each test tweet, in order. Latency of a tweet
+    alone, tokenization and inference, one thread. key: what it was made of; pruned: what stayed.
+    """
 
     variant: str
     seed: int
+    calibration: str
     key: str
     size_bytes: int
     correct: list[int]
     latency_ms_p50: float
     peak_rss_bytes: int
     pruned: list[str]
+
+
+class Name(NamedTuple):
+    variant: str
+    seed: int
+    calibration: str
 
 
 class PrunedEncoders(Record, frozen=True, kw_only=True):
@@ -73,7 +84,6 @@ class PrunedEncoders(Record, frozen=True, kw_only=True):
     rows_name: str
     n_train: int
     n_test: int
-    calibration: str
     rows: list[EncoderRow]
 
 
@@ -85,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--variant", action="append", default=[], help="only this one (repeatable)")
     add("--seeds", type=at_least(1), default=1, help="trainings (default %(default)s)")
     add("--calibration", default="data:books/bookcorpus_passages.txt", help="text to prune by (default %(default)s)")
+    add("--unlabelled", metavar="ROWS", help="prune by the texts of this table instead: tweets-test")
     output_options(parser, "prune_encoders.json")
     return parser
 
@@ -112,7 +123,6 @@ def run(options: argparse.Namespace, where: Places, out: Path) -> PrunedEncoders
         rows_name=options.rows,
         n_train=len(parts.train),
         n_test=len(parts.test),
-        calibration=options.calibration,
         rows=read_record(out, PrunedEncoders).rows if out.is_file() else [],
     )
     tables = where.artifacts / ".prune-encoders"  # at a fixed path, which a build's stages are known by
@@ -120,12 +130,21 @@ def run(options: argparse.Namespace, where: Places, out: Path) -> PrunedEncoders
         _write_table(tables / f"{name}.csv", [tweets[i] for i in indices])
         for name, indices in (("train", parts.train), ("test", parts.test))
     )
+    calibration = options.unlabelled or options.calibration
+    if options.unlabelled:
+        texts = [t.text for t in read_tweets(find_table(options.unlabelled, where.sources))]
+        path = tables / "unlabelled.txt"
+        write_atomic(path, "".join(f"{' '.join(text.split())}\n" for text in texts).encode())
+        options.calibration = f"path:{path}"
     for seed in range(options.seeds):
         recipe = _recipe(options, train, test, seed)
         for variant in dict.fromkeys((WHOLE, *(options.variant or VARIANTS))):
             folder = build(recipe, where, progress, 1, [variant])[-1]
-            row = measure(folder, variant, seed, recipe, where, found.rows, progress)
-            rows = {(r.seed, r.variant): r for r in found.rows} | {(seed, variant): row}
+            # What reads no text is the same row whatever text there was.
+            plain = variant in (WHOLE, PLAIN)
+            name = Name(variant, seed, "" if plain else calibration)
+            row = measure(folder, name, recipe, where, found.rows, progress)
+            rows = {named(r): r for r in found.rows} | {name: row}
             found = msgspec.structs.replace(found, rows=list(rows.values()), time=now())
             write_atomic(out, encode(found))
     return found
@@ -154,10 +173,13 @@ def _recipe(options: argparse.Namespace, train: Path, test: Path, seed: int) -> 
     )
 
 
+def named(row: EncoderRow) -> Name:
+    return Name(row.variant, row.seed, row.calibration)
+
+
 def measure(
     folder: Path,
-    variant: str,
-    seed: int,
+    name: Name,
     recipe: Recipe,
     where: Places,
     known: Sequence[EncoderRow],
@@ -168,7 +190,7 @@ def measure(
     dataset = describe_dataset(recipe.bench.rows, where)
     key = digest([describe_file(folder, artifact.entry).sha256, dataset.file.sha256])[:16]
     for row in known:
-        if (row.seed, row.variant, row.key) == (seed, variant, key):
+        if (named(row), row.key) == (name, key):
             return row
     work = Path(tempfile.mkdtemp(prefix="slimpi-prune-encoders-"))
     try:
@@ -190,8 +212,7 @@ def measure(
         raise SlimpiError(f"{artifact.name} does not run on this machine: {result.error}")
     measured = {m.metric: m for m in result.measurements}
     return EncoderRow(
-        variant=variant,
-        seed=seed,
+        **name._asdict(),
         key=key,
         size_bytes=(folder / artifact.entry).stat().st_size,
         correct=[int(hit) for hit in measured["accuracy"].samples],
@@ -212,18 +233,20 @@ def table(rows: Sequence[EncoderRow]) -> list[str]:
     """Markdown, one line a variant over its seeds; [95 %] is McNemar's interval by Agresti and Min."""
     wholes = [row for row in rows if row.variant == WHOLE]
     lines = [
-        "| variant | seeds | MiB | accuracy | points lost [95 %] | gained, lost tweets | latency p50, ms (host) |",
-        "|---|---|---|---|---|---|---|",
+        "| variant | pruned by | seeds | MiB | accuracy | points lost [95 %] | gained, lost tweets "
+        "| latency p50, ms (host) |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for variant in dict.fromkeys(row.variant for row in rows):
-        mine = [row for row in rows if row.variant == variant and row.seed in {whole.seed for whole in wholes}]
+    for variant, calibration in dict.fromkeys((row.variant, row.calibration) for row in rows):
+        same = [row for row in rows if (row.variant, row.calibration) == (variant, calibration)]
+        mine = [row for row in same if row.seed in {whole.seed for whole in wholes}]
         if not mine:
             continue
         accuracy = 100 * fmean(hit for row in mine for hit in row.correct)
         found = loss(mine, wholes)
         told = f"{-found.mean:+.2f} [{-found.high:+.2f}, {-found.low:+.2f}] | {found.flips_better}, {found.flips_worse}"
         lines.append(
-            f"| {variant} | {len(mine)} | {mine[0].size_bytes / 2**20:.1f} | {accuracy:.2f} | "
+            f"| {variant} | {calibration} | {len(mine)} | {mine[0].size_bytes / 2**20:.1f} | {accuracy:.2f} | "
             f"{' | ' if variant == WHOLE else told} | {median(row.latency_ms_p50 for row in mine):.2f} |"
         )
     return lines

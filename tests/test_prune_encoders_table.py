@@ -16,8 +16,8 @@ from pipeline.pruning_onnx import parse_variant
 
 def row(variant: str, correct: list[int], seed: int = 0) -> EncoderRow:
     return EncoderRow(
-        variant=variant, seed=seed, key="k", size_bytes=2**20, correct=correct, latency_ms_p50=1.5, peak_rss_bytes=1,
-        pruned=[],
+        variant=variant, seed=seed, calibration="", key="k", size_bytes=2**20, correct=correct, latency_ms_p50=1.5,
+        peak_rss_bytes=1, pruned=[],
     )  # fmt: skip
 
 
@@ -36,7 +36,7 @@ def test_losses_are_paired_within_a_seed() -> None:
     assert (found.mean, found.n, found.flips_better, found.flips_worse) == (-25.0, 8, 1, 3)
     lines = table([*wholes, *pruned, row("HEADS-33-FP32", [1, 1, 1, 1], seed=2)])
     assert [line.split("|")[1].strip() for line in lines[2:]] == ["FP32", "LAYERS-33-FP32"]
-    assert "| 2 | 1.0 | 50.00 | +25.00 [" in lines[3]
+    assert "|  | 2 | 1.0 | 50.00 | +25.00 [" in lines[3]
 
 
 def test_a_run_goes_on_from_the_rows_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,12 +57,14 @@ def test_a_run_goes_on_from_the_rows_it_has(tmp_path: Path, monkeypatch: pytest.
     assert "2 of 4 heads" in pruned.pruned[0]
     changed = msgspec.structs.replace(first, rows=[msgspec.structs.replace(r, latency_ms_p50=-1.0) for r in first.rows])
     out.write_bytes(msgspec.json.encode(changed))
+    arguments += ["--unlabelled", str(tmp_path / "rows.csv")]
     assert prune_encoders.main([*arguments, "--variant", "HEADS+REPAIR-50-FP32"]) == 0
     again = read_record(out, PrunedEncoders).rows
-    assert [(r.variant, r.latency_ms_p50 < 0) for r in again] == [
-        ("FP32", True), ("HEADS-50-FP32", True), ("HEADS+REPAIR-50-FP32", False),
+    prose, tweets = "demo:prose_calibration.txt", str(tmp_path / "rows.csv")
+    assert [(r.variant, r.calibration, r.latency_ms_p50 < 0) for r in again] == [
+        ("FP32", "", True), ("HEADS-50-FP32", prose, True), ("HEADS+REPAIR-50-FP32", tweets, False),
     ]  # fmt: skip
-    assert str(tmp_path) not in str(again)  # rows end in the repository
+    assert ".prune-encoders" not in str(again)  # rows end in the repository
 
 
 def test_a_recipe_that_trains_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
