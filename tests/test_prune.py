@@ -30,7 +30,7 @@ from pipeline.prune import PRUNERS, PruneSpec, Subject, choose, depth, distill, 
 from pipeline.prune.allocate import interpolated
 from pipeline.prune.choice import load_pruned, save_pruned
 from pipeline.prune.cut import Cut, LayerCut, apply, describe, dims_of
-from pipeline.prune.repair import least_squares, ridge
+from pipeline.prune.repair import downhill, least_squares, ridge
 from pipeline.prune.scores import SCORES
 from pipeline.prune.stream import Stream
 from pipeline.prune.surgery import operate
@@ -191,6 +191,21 @@ def test_ridge_is_the_stacked_least_squares_problem() -> None:
     twins = [reference_prune.ridge(x.numpy(), wanted.numpy(), old.numpy(), p * diagonal) for p in (1e-4, 1e-3, 1e-2)]
     assert min(np.abs(found.numpy() - twin).max() for twin in twins) < 1e-4
     assert np.abs(found.numpy() - truth.numpy()).max() < 0.01
+
+
+@pytest.mark.parametrize("count", [1, 2, 6])
+def test_downhill_finds_the_least_of_what_falls_and_rises(count: int) -> None:
+    for least in range(count):
+        losses = [abs(place - least) + 1.0 for place in range(count)]
+        asked: list[int] = []
+
+        def loss(place: int, losses: list[float] = losses, asked: list[int] = asked) -> float:
+            asked.append(place)
+            return losses[place]
+
+        assert downhill(loss, count) == (least, 1.0)
+        assert len(asked) == len(set(asked))
+    assert downhill(lambda place: float("nan"), 6)[0] == 3
 
 
 def test_ridge_leaves_alone_what_it_cannot_better() -> None:

@@ -10,6 +10,7 @@ that took no part in the fit, and where none is better than W0 there, W0 stays.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -207,16 +208,30 @@ def ridge(x: torch.Tensor, wanted: torch.Tensor, old: torch.Tensor) -> torch.Ten
     split = len(x) - len(x) // _HELD_OUT
     residual = wanted - x @ old.T
     xx, xr = x[:split].T @ x[:split], x[:split].T @ residual[:split]
-    best, least = None, float(residual[split:].square().sum())
-    for penalty in _PENALTIES:
-        delta = _solve(xx, xr, penalty)
-        if (loss := float((residual[split:] - x[split:] @ delta).square().sum())) < least:
-            best, least = penalty, loss
-    if best is None:
+
+    def loss(place: int) -> float:
+        return float((residual[split:] - x[split:] @ _solve(xx, xr, _PENALTIES[place])).square().sum())
+
+    place, least = downhill(loss, len(_PENALTIES))
+    if not least < float(residual[split:].square().sum()):
         return None
+    best = _PENALTIES[place]
     xx.addmm_(x[split:].T, x[split:])
     xr.addmm_(x[split:].T, residual[split:])
     return (old + _solve(xx, xr, best).T).contiguous()
+
+
+def downhill(loss: Callable[[int], float], count: int) -> tuple[int, float]:
+    """The place among `count` of least loss, and that loss, where losses fall and then rise: from the middle on while
+    they fall, since each costs a factorization."""
+    place = count // 2
+    least = loss(place)
+    for step in (-1, 1):
+        while 0 <= place + step < count and (found := loss(place + step)) < least:
+            place, least = place + step, found
+        if place != count // 2:
+            break
+    return place, least
 
 
 def _solve(xx: torch.Tensor, xr: torch.Tensor, penalty: float) -> torch.Tensor:
