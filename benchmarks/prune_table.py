@@ -207,6 +207,8 @@ def bench_model(folder: Path) -> peers.Model:
 def run(options: argparse.Namespace, where: Places, out: Path) -> Pruning:
     """Measure what `out` lacks, writing it after every file."""
     progress = Progressor()
+    for name in options.choices:  # a set that is not there is told now, not after minutes
+        describe_questions(name, where)
     found = (
         read_record(out, Pruning)
         if out.exists()

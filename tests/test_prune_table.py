@@ -99,3 +99,10 @@ def test_rows_replace_each_other_and_are_listed() -> None:
     assert [r.score.nll_chunks for r in rows] == [[2.0], [2.5]]
     assert rows[1].percent == 20
     assert len(table(rows)) == 3
+
+
+def test_questions_that_are_not_there_are_told_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "prune.json"
+    assert prune_table.main(["--choices", "path:nowhere.jsonl", "--out", str(out)]) == 1
+    assert "nowhere.jsonl is not a file" in capsys.readouterr().err
+    assert not out.exists()
