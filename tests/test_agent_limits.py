@@ -83,8 +83,12 @@ def test_the_worker_offers_itself_to_the_oom_killer_and_the_agent_does_not(world
 
 @contextlib.contextmanager
 def memory_cgroup(limit_bytes: int) -> Iterator[Path]:
-    """A cgroup with so much memory, whichever version this machine has; skips where it may not be made."""
-    for root, file in (("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), ("/sys/fs/cgroup", "memory.max")):
+    """A cgroup with so much memory, swap included, whichever version this machine has; skips where none may be made."""
+    memory_and_swap = "memory.memsw.limit_in_bytes"  # there only where the kernel counts swap, as the other
+    for root, file, swap, most in (
+        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", memory_and_swap, str(limit_bytes)),
+        ("/sys/fs/cgroup", "memory.max", "memory.swap.max", "0"),
+    ):
         folder = Path(root) / f"slimpi-test-{os.getpid()}"
         try:
             folder.mkdir()
@@ -93,6 +97,8 @@ def memory_cgroup(limit_bytes: int) -> Iterator[Path]:
             with contextlib.suppress(OSError):
                 folder.rmdir()
             continue
+        with contextlib.suppress(OSError):
+            (folder / swap).write_text(most)
         try:
             yield folder
         finally:
