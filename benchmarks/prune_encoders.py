@@ -20,7 +20,6 @@ from statistics import fmean, median
 from typing import NamedTuple
 
 import msgspec
-import numpy as np
 from bench_common import at_least, command, cpu_model, now, output_options, result_path
 
 from device.schema import Job, Record, SlimpiError, Tweets, describe_file, encode, read_record, write_atomic
@@ -138,7 +137,7 @@ def run(options: argparse.Namespace, where: Places, out: Path) -> PrunedEncoders
         options.calibration = f"path:{path}"
     for seed in range(options.seeds):
         recipe = _recipe(options, train, test, seed)
-        for variant in dict.fromkeys((WHOLE, *(options.variant or VARIANTS))):
+        for variant in recipe.variants:
             folder = build(recipe, where, progress, 1, [variant])[-1]
             # What reads no text is the same row whatever text there was.
             plain = variant in (WHOLE, PLAIN)
@@ -188,7 +187,8 @@ def measure(
     """The artifact's row: the one known of the same model on the same tweets, or what the agent's task says."""
     artifact = load_artifact(folder)
     dataset = describe_dataset(recipe.bench.rows, where)
-    key = digest([describe_file(folder, artifact.entry).sha256, dataset.file.sha256])[:16]
+    file = describe_file(folder, artifact.entry)
+    key = digest([file.sha256, dataset.file.sha256])[:16]
     for row in known:
         if (named(row), row.key) == (name, key):
             return row
@@ -214,7 +214,7 @@ def measure(
     return EncoderRow(
         **name._asdict(),
         key=key,
-        size_bytes=(folder / artifact.entry).stat().st_size,
+        size_bytes=file.size_bytes,
         correct=[int(hit) for hit in measured["accuracy"].samples],
         latency_ms_p50=median(measured["latency_ms"].samples),
         peak_rss_bytes=result.worker_peak_rss_bytes,
@@ -225,8 +225,8 @@ def measure(
 def loss(rows: Sequence[EncoderRow], wholes: Sequence[EncoderRow]) -> Difference:
     """Accuracy against the whole model's, points, over the pairs of all seeds."""
     whole = {row.seed: row.correct for row in wholes}
-    pairs = [pair for row in rows for pair in zip(row.correct, whole[row.seed], strict=True)]
-    return accuracy_difference(*np.array(pairs, float).T.tolist())
+    ours = [hit for row in rows for hit in row.correct]
+    return accuracy_difference(ours, [hit for row in rows for hit in whole[row.seed]])
 
 
 def table(rows: Sequence[EncoderRow]) -> list[str]:
