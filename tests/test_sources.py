@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import subprocess
 import zipfile
 from pathlib import Path
@@ -87,6 +88,53 @@ def test_folder_of_a_wheel_and_its_hash(index: Path, tmp_path: Path) -> None:
     source = fetch("pypi:pkg==1.0/pkg/model/", expected, tmp_path / "cache")
     assert sorted(p.name for p in source.path.rglob("*") if p.is_file()) == ["config.json", "w.bin"]
     assert source.sha256 == hash_path(source.path) == expected
+
+
+def zipped_parts(index: Path, files: dict[str, bytes], n_parts: int = 3) -> None:
+    """A zip archive of `files`, cut into `n_parts` wheels that count 001, 002."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    whole = buffer.getvalue()
+    size = -(-len(whole) // n_parts)
+    for i in range(n_parts):
+        make_wheel(index, f"cut-{i + 1:03}", {f"cut_{i + 1:03}/a.zip.{i + 1:03}": whole[i * size : (i + 1) * size]})
+
+
+def test_a_folder_of_an_archive_in_parts(index: Path, tmp_path: Path) -> None:
+    zipped_parts(index, {"m/config.json": b"{}", "m/sub/w.bin": b"123", "other/x": b"x"})
+    expected = sha("".join(sorted([f"{sha(b'{}')}  config.json\n", f"{sha(b'123')}  sub/w.bin\n"])).encode())
+    source = fetch("pypi:cut-{001..003}==1.0/cut_{}/a.zip.{}!m/", expected, tmp_path / "cache")
+    assert source.path.name == "m"
+    assert source.sha256 == hash_path(source.path) == expected
+    assert sorted(left_behind(tmp_path / "cache")) == ["config.json", "w.bin"]
+
+
+@pytest.mark.parametrize(
+    ("inner", "files", "says"),
+    [
+        ("m/", {"other/x": b"x"}, "no files under 'm/'"),
+        ("m/x", {"other/x": b"x"}, "matches 0 files"),
+        ("m/", {"m/../../x": b"x"}, "refusing"),
+        ("../m/", {"m/x": b"x"}, "stay inside"),
+        ("", {"m/x": b"x"}, "stay inside"),
+    ],
+)
+def test_what_an_archive_in_parts_cannot_give(
+    index: Path, tmp_path: Path, inner: str, files: dict[str, bytes], says: str
+) -> None:
+    zipped_parts(index, files)
+    with pytest.raises(SlimpiError, match=says):
+        fetch(f"pypi:cut-{{001..003}}==1.0/cut_{{}}/a.zip.{{}}!{inner}", "0" * 64, tmp_path / "cache")
+    assert left_behind(tmp_path / "cache") == []
+
+
+def test_parts_that_make_no_archive(index: Path, tmp_path: Path) -> None:
+    for i in (1, 2):
+        make_wheel(index, f"cut-{i}", {f"cut_{i}/a": b"no archive"})
+    with pytest.raises(SlimpiError, match="not a readable archive"):
+        fetch("pypi:cut-{1..2}==1.0/cut_{}/a!m/", "0" * 64, tmp_path / "cache")
 
 
 def test_wrong_hash_names_both_and_keeps_nothing(index: Path, tmp_path: Path) -> None:

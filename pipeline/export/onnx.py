@@ -25,6 +25,7 @@ from device.schema import SlimpiError, write_atomic
 from pipeline.encoders import Encoder, load_encoder, quiet_transformers
 from pipeline.export import onnx_int8, onnx_nbits, onnx_xlnet
 from pipeline.export.onnx_observe import Calibration, Observed
+from pipeline.export.onnx_one_token import keep_one_token
 from pipeline.export.onnx_rewrite import SCALE, ZERO_POINT, Rewriter
 from pipeline.export.onnx_static import DIVISOR, KEPT_INDEX, KEPT_ROWS
 from pipeline.progress import Tick, quiet
@@ -228,7 +229,8 @@ def _load(path: Path) -> onnx.ModelProto:
 
 def exported(model: Any, task: str = "text-classification", remedy: str = "Use another encoder.") -> onnx.ModelProto:
     """A transformers model as optimum exports it for a task ("feature-extraction" of a body,
-    "text-generation-with-past" with a cache), weights under their own names. SlimpiError if it cannot."""
+    "text-generation-with-past" with a cache), weights under their own names. A classifier's last layer is computed for
+    the token that its head reads. SlimpiError if optimum cannot."""
     from optimum.exporters.onnx import onnx_export_from_model
 
     with tempfile.TemporaryDirectory(prefix="slimpi-onnx-") as scratch, to_stderr(), quiet_transformers():
@@ -247,6 +249,8 @@ def exported(model: Any, task: str = "text-classification", remedy: str = "Use a
             raise SlimpiError(f"optimum cannot export a {config.model_type} for {task}: {error}. {remedy}") from error
         found = onnx.load(Path(scratch) / "model.onnx")
     onnx_xlnet.plain_products(found.graph)
+    if task == "text-classification":
+        keep_one_token(found)
     name_weights(found, model.state_dict())
     return found
 

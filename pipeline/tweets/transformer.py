@@ -40,6 +40,8 @@ class FineTuning(Settings, frozen=True, kw_only=True):
     layer_decay: a layer learns at this factor of the rate of the layer above (Sun et al. 2019, section 5.3.4).
     tidy: the tokenizer takes URLs for one word and mends broken characters (TIDY).
     pooling: whether the head reads the "first" token's state or the "mean" over tokens (see pipeline.pooling).
+    precision: of the products while it learns; weights, validation and what is exported are fp32 in either. "bf16" is
+    several times as fast where the processor multiplies it (AMX, CUDA), and slower where it does not.
     """
 
     trained: str = "all"
@@ -54,6 +56,7 @@ class FineTuning(Settings, frozen=True, kw_only=True):
     patience: int = 3
     tidy: bool = True
     pooling: Literal["first", "mean"] = "first"
+    precision: Literal["fp32", "bf16"] = "fp32"
 
 
 @dataclass(frozen=True)
@@ -181,7 +184,8 @@ def _step(
 ) -> None:
     where = next(encoder.model.parameters()).device
     batch = {name: value.to(where) for name, value in encode_batch(encoder, texts, max_tokens).items()}
-    logits = encoder.model(**batch).logits
+    with torch.autocast(where.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+        logits = encoder.model(**batch).logits.float()
     loss = torch.nn.functional.cross_entropy(
         logits, torch.from_numpy(targets).to(where), label_smoothing=settings.label_smoothing
     )

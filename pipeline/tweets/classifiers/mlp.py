@@ -22,10 +22,12 @@ from pipeline.tweets.classifiers.word_nets import (
 
 
 class MlpSettings(NetSettings, frozen=True, kw_only=True):
-    """hidden: units of the two dense layers; l2: of both layers' weights."""
+    """hidden: units of the two dense layers; l2: of both layers' weights. word_dropout: share of a tweet's words that
+    the mean leaves out while it learns (Iyyer et al. 2015, Deep Averaging Networks, section 3)."""
 
     hidden: tuple[int, int] = (64, 32)
     dropout: float = 0.5
+    word_dropout: float = 0.0
     epochs: int = 40
     patience: int = 5
 
@@ -44,11 +46,16 @@ class MlpNet(WordNet):
         )
         self.out = torch.nn.Linear(sizes[-1], 1)
         self.dropout = torch.nn.Dropout(settings.dropout)
+        self.word_dropout = settings.word_dropout
         self.l2 = settings.l2
         self.register_buffer("scaling", torch.stack([torch.zeros(sizes[0]), torch.ones(sizes[0])]))
 
     def means(self, ids: torch.Tensor) -> torch.Tensor:
-        """(n, d) mean vectors of the words."""
+        """(n, d) mean vectors of the words; while it learns of those that word dropout leaves, the first at least."""
+        if self.training and self.word_dropout:
+            left = torch.rand(ids.shape, device=ids.device) >= self.word_dropout
+            left[:, 0] |= ~(left & (ids != 0)).any(1)
+            ids = ids * left
         return self.words(ids).sum(1) / word_lengths(ids)[:, None]
 
     def forward(self, feeds: Feeds) -> torch.Tensor:
