@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, median
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import msgspec
 from bench_common import at_least, command, cpu_model, now, output_options, result_path
@@ -52,7 +52,7 @@ VARIANTS = (
 class EncoderRow(Record, frozen=True, kw_only=True):
     """One variant of the classifier of one training seed.
 
-    calibration: what it was pruned by, "" = nothing. correct: 1 or 0 for each test tweet, in order. Latency of a tweet
+    calibration: what it was pruned by, "" = nothing. correct: a 1 or a 0 for each test tweet, in order. Latency of a tweet
     alone, tokenization and inference, one thread. key: what it was made of; pruned: what stayed.
     """
 
@@ -61,7 +61,7 @@ class EncoderRow(Record, frozen=True, kw_only=True):
     calibration: str
     key: str
     size_bytes: int
-    correct: list[int]
+    correct: Annotated[str, msgspec.Meta(pattern="^[01]+$")]
     latency_ms_p50: float
     peak_rss_bytes: int
     pruned: list[str]
@@ -215,7 +215,7 @@ def measure(
         **name._asdict(),
         key=key,
         size_bytes=file.size_bytes,
-        correct=[int(hit) for hit in measured["accuracy"].samples],
+        correct="".join(str(int(hit)) for hit in measured["accuracy"].samples),
         latency_ms_p50=median(measured["latency_ms"].samples),
         peak_rss_bytes=result.worker_peak_rss_bytes,
         pruned=[told(step.settings) for step in artifact.lineage if step.action == "prune"],
@@ -225,8 +225,8 @@ def measure(
 def loss(rows: Sequence[EncoderRow], wholes: Sequence[EncoderRow]) -> Difference:
     """Accuracy against the whole model's, points, over the pairs of all seeds."""
     whole = {row.seed: row.correct for row in wholes}
-    ours = [hit for row in rows for hit in row.correct]
-    return accuracy_difference(ours, [hit for row in rows for hit in whole[row.seed]])
+    ours = [int(hit) for row in rows for hit in row.correct]
+    return accuracy_difference(ours, [int(hit) for row in rows for hit in whole[row.seed]])
 
 
 def table(rows: Sequence[EncoderRow]) -> list[str]:
@@ -242,7 +242,7 @@ def table(rows: Sequence[EncoderRow]) -> list[str]:
         mine = [row for row in same if row.seed in {whole.seed for whole in wholes}]
         if not mine:
             continue
-        accuracy = 100 * fmean(hit for row in mine for hit in row.correct)
+        accuracy = 100 * fmean(int(hit) for row in mine for hit in row.correct)
         found = loss(mine, wholes)
         told = f"{-found.mean:+.2f} [{-found.high:+.2f}, {-found.low:+.2f}] | {found.flips_better}, {found.flips_worse}"
         lines.append(
