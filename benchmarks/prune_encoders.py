@@ -52,8 +52,8 @@ VARIANTS = (
 class EncoderRow(Record, frozen=True, kw_only=True):
     """One variant of the classifier of one training seed.
 
-    calibration: what it was pruned by, "" = nothing. correct: a 1 or a 0 for each test tweet, in order. Latency of a tweet
-    alone, tokenization and inference, one thread. key: what it was made of; pruned: what stayed.
+    calibration: what it was pruned by, "" = nothing. correct: a 1 or a 0 for each test tweet, in order. Latency of a
+    tweet alone, tokenization and inference, one thread. key: what it was made of; pruned: what stayed.
     """
 
     variant: str

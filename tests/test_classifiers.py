@@ -25,6 +25,7 @@ from pipeline.tweets.classifiers import CLASSIFIERS, settings_of, with_max_token
 from pipeline.tweets.classifiers.base import Classifier, Job, WordSettings, vocabulary
 from pipeline.tweets.classifiers.ensemble import combine
 from pipeline.tweets.classifiers.lstm import LstmNet, LstmSettings
+from pipeline.tweets.classifiers.mlp import MlpNet, MlpSettings
 from pipeline.tweets.classifiers.word_nets import LstmStack
 from pipeline.tweets.data import Tweet
 from pipeline.tweets.decide import Decider, feeds_of, train_decider
@@ -217,6 +218,22 @@ def test_recurrent_dropout_drops_weights_between_states_in_training_only() -> No
     assert not torch.equal(stack(x, lengths), stack(x, lengths))
     one_word = torch.tensor([1, 1])  # without a state before it nothing can be dropped
     assert torch.equal(stack(x[:, :1], one_word), stack(x[:, :1], one_word))
+
+
+def test_word_dropout_leaves_words_out_of_the_mean_in_training_only() -> None:
+    torch.manual_seed(0)
+    table = torch.cat([torch.zeros(1, 3), torch.randn(7, 3)])
+    net = MlpNet(table, MlpSettings(word_dropout=0.5))
+    ids = torch.tensor([[2, 3, 4, 5, 6, 7], [2, 3, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0]])
+    net.eval()
+    whole = net.means(ids)
+    torch.testing.assert_close(whole[1], table[2:4].mean(0))
+    net.train()
+    drawn = torch.stack([net.means(ids) for _ in range(4000)])
+    halves = {tuple(mean.tolist()) for mean in drawn[:, 1]}  # both words, either, never none
+    assert halves == {tuple(mean.tolist()) for mean in (table[2], table[3], table[2:4].mean(0))}
+    torch.testing.assert_close(drawn.mean(0)[0], whole[0], atol=0.05, rtol=0)
+    assert not drawn[:, 2].any()  # an empty text
 
 
 def test_tfidf_equals_scikit_learn(places: Path) -> None:

@@ -90,6 +90,22 @@ def test_it_learns_and_exports_as_any_encoder(family: str, tmp_path: Path) -> No
     assert all(torch.equal(a, b) for a, b in zip(saved.parameters(), fit.encoder.model.parameters(), strict=True))
 
 
+def test_bf16_products_give_fp32_weights_near_those_of_fp32(tmp_path: Path) -> None:
+    save_toy_encoder("bert", tmp_path)
+    settings = {"epochs": 8, "learning_rate": 2e-3, "batch_size": 16, "patience": 20}
+    texts, targets = rows(60, 2)
+    fits = [
+        fine_tune(tmp_path, rows(160), rows(40, 1), LABELS, MAX_TOKENS, FineTuning(**settings, precision=precision), 0)
+        for precision in ("fp32", "bf16")
+    ]
+    losses = [fit.validation_losses[0] for fit in fits]
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
+    assert {p.dtype for p in fits[1].encoder.model.parameters()} == {torch.float32}
+    logits = encoder_logits(fits[1].encoder, texts, MAX_TOKENS)
+    assert (logits.argmax(1) == targets).mean() > 0.7
+
+
 def test_stopping_keeps_the_best_weights(tmp_path: Path) -> None:
     """A rate far too high: the loss never falls again after its first evaluations."""
     save_encoder("bert", tmp_path)
