@@ -159,6 +159,18 @@ def test_every_pruner_removes_what_is_asked_and_runs_in_llama_cpp(
     assert kl < 1e-5
 
 
+@pytest.mark.parametrize("share", [0.25, 0.5])
+def test_blocks_are_no_worse_than_whole_layers_where_they_are_measured(
+    share: float, subjects: Callable[[str], Subject]
+) -> None:
+    """The finer choice of the same weights: one part after the other alone ends worse than whole layers here."""
+    judge = subjects("llama").judge
+    whole, parts = depth.layers(judge, share), depth.blocks(judge, share)
+    dims = judge.stream.dims
+    assert dims.share_removed(parts) >= share - 1e-9
+    assert judge.divergence(parts) <= judge.divergence(whole) + 1e-9
+
+
 @pytest.mark.parametrize(
     ("pruner", "name"),
     [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -95,11 +95,24 @@ def layers(judge: Judge, share: float, tick: Tick = quiet) -> Cut:
 
 
 def blocks(judge: Judge, share: float, tick: Tick = quiet) -> Cut:
-    """Attention parts and MLPs one by one, by measured divergence for a weight removed, until the share is reached."""
+    """Attention parts and MLPs: one by one, by measured divergence for a weight removed, until the share is reached, or
+    those of the layers that `layers` drops; what diverges least, as measured. Then parts are exchanged for kept ones of
+    their kind while that helps.
+
+    Greedy alone may end in a worse set than whole layers, of which this is the finer choice.
+    """
     dims = judge.stream.dims
     units = [_Unit(index, part) for index in range(dims.n_layers) for part in ("attention", "mlp")]
-    chosen = _greedy(judge, units, lambda found: dims.share_removed(_of(dims, found)) >= share - 1e-9, tick)
-    return _of(dims, chosen)
+
+    def enough(found: list[_Unit]) -> bool:
+        return dims.share_removed(_of(dims, found)) >= share - 1e-9
+
+    starts = [_greedy(judge, units, enough, tick)]
+    if 0 < round(dims.n_layers * share) < dims.n_layers:
+        gone = layers(judge, share, tick).layers
+        starts.append(_greedy(judge, units, enough, tick, [unit for unit in units if gone[unit.layer].gone]))
+    best = min(starts, key=lambda found: judge.divergence(_of(dims, found)))
+    return _of(dims, _swapped(judge, units, best, tick))
 
 
 def _of(dims: Dims, units: Iterable[_Unit]) -> Cut:
@@ -109,13 +122,22 @@ def _of(dims: Dims, units: Iterable[_Unit]) -> Cut:
     return cut
 
 
-def _greedy(judge: Judge, units: list[_Unit], enough: Callable[[list[_Unit]], bool], tick: Tick) -> list[_Unit]:
-    """Units in the order they are dropped. Lazy: what a unit cost earlier is taken for a bound of what it costs now
+def _greedy(
+    judge: Judge,
+    units: list[_Unit],
+    enough: Callable[[list[_Unit]], bool],
+    tick: Tick,
+    gone: Sequence[_Unit] = (),
+) -> list[_Unit]:
+    """Units in the order they are dropped, after those that are gone. Lazy: what a unit cost earlier is taken for a bound of what it costs now
     (Minoux 1978), since losses mostly add up; swaps make good for when they do not."""
     dims = judge.stream.dims
     whole_weights = dims.weights(dims.whole)
-    chosen: list[_Unit] = []
+    chosen = list(gone)
     cut, now, states = dims.whole, 0.0, judge.whole
+    if gone:
+        cut = _of(dims, gone)
+        now, states = judge.divergence(cut), judge.stream.all_states()
     known = dict.fromkeys(units, -1.0)
     while not enough(chosen):
         fresh: set[_Unit] = set()
@@ -138,14 +160,15 @@ def _greedy(judge: Judge, units: list[_Unit], enough: Callable[[list[_Unit]], bo
 
 
 def _swapped(judge: Judge, units: list[_Unit], chosen: list[_Unit], tick: Tick) -> list[_Unit]:
-    """Exchanges of a dropped unit for a neighbour that was kept, while one helps, at most a few rounds."""
+    """Exchanges of a dropped unit for a neighbour of its kind that was kept, while one helps, at most a few rounds."""
     dims = judge.stream.dims
     chosen = list(chosen)
     least = judge.divergence(_of(dims, chosen))
     for turn in range(_SWAP_ROUNDS):
         before = least
         for place, out in enumerate(list(chosen)):
-            for unit in (u for u in units if u not in chosen and abs(u.layer - out.layer) <= 1):
+            near = (u for u in units if u.part == out.part and abs(u.layer - out.layer) <= 1)
+            for unit in (u for u in near if u not in chosen):
                 tried = [*chosen[:place], unit, *chosen[place + 1 :]]
                 if (found := judge.divergence(_of(dims, tried))) < least:
                     chosen, least = tried, found
