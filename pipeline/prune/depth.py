@@ -129,8 +129,8 @@ def _greedy(
     tick: Tick,
     gone: Sequence[_Unit] = (),
 ) -> list[_Unit]:
-    """Units in the order they are dropped, after those that are gone. Lazy: what a unit cost earlier is taken for a bound of what it costs now
-    (Minoux 1978), since losses mostly add up; swaps make good for when they do not."""
+    """Units in the order they are dropped, after those that are gone. Lazy: what a unit cost earlier is taken for a
+    bound of what it costs now (Minoux 1978), since losses mostly add up; swaps make good for when they do not."""
     dims = judge.stream.dims
     whole_weights = dims.weights(dims.whole)
     chosen = list(gone)
