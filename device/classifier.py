@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from device.runtimes import Logits, OnnxSession, one_line
-from device.schema import TOKENIZER, WORDS, Artifact, SlimpiError
+from device.schema import DISTANCE, TOKENIZER, WORDS, Artifact, SlimpiError
 from device.words import INPUTS, ReadText, Text, WordReader, read_spec
 
 PADDING_TOKENS = ("[PAD]", "<pad>")
@@ -89,17 +89,26 @@ class OnnxClassifier:
         words = self._reader.read(texts) if self._reader else [None] * len(texts)
         return [Encoded(*pair) for pair in zip(tokens, words, strict=True)]
 
+    def judge(self, text: Text) -> tuple[Logits, float | None]:
+        """One text's logits (n_labels,) and, where the graph tells it, its distance from those it learned from."""
+        outputs = [DISTANCE] if DISTANCE in self._session.outputs else []
+        logits, found = self._run(self.encode([text]), outputs)
+        return logits[0], float(found[0].item()) if found else None
+
     def run(self, batch: Sequence[Encoded]) -> Logits:
         """Classify one batch of encoded texts, padded to its longest: (len(batch), n_labels) float32, all finite."""
+        return self._run(batch, [])[0]
+
+    def _run(self, batch: Sequence[Encoded], outputs: list[str]) -> tuple[Logits, list[Any]]:
         feeds: dict[str, NDArray[Any]] = {}
         if self._tokenizer:
             feeds |= self._tokenizer.feeds([text.tokens for text in batch if text.tokens], self._token_inputs)
         if self._reader:
             feeds |= self._reader.feeds_of([text.words for text in batch if text.words], self._word_inputs)
-        logits = self._session.run(feeds, len(batch))
-        if not np.isfinite(logits).all():
-            raise SlimpiError("the model gives logits that are not finite: it is broken. Build the artifact again.")
-        return logits
+        logits, others = self._session.run_beside(feeds, len(batch), outputs)
+        if not all(np.isfinite(found).all() for found in (logits, *others)):
+            raise SlimpiError("the model gives numbers that are not finite: it is broken. Build the artifact again.")
+        return logits, others
 
     def logits_in_batches(self, texts: Sequence[Text], batch_size: int) -> tuple[Logits, float]:
         """Classify many texts in batches of like length: logits in the order of the texts, and the share of all

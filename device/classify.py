@@ -40,15 +40,18 @@ def run(lines: BinaryIO) -> Iterator[Record]:
         yield Ready(labels=labels)
         for index, line in enumerate(lines):
             text = decode(line, Text, f"text {index}")
-            yield predict(index, model.logits([text])[0], labels)
+            yield predict(index, *model.judge(text), labels)
 
 
-def predict(index: int, logits: Logits, labels: list[str]) -> Prediction:
+def predict(index: int, logits: Logits, distance: float | None, labels: list[str]) -> Prediction:
     """logits (n_labels,)."""
     weights = np.exp(logits.astype(np.float64) - logits.max())
     shares = (weights / weights.sum()).tolist()
     return Prediction(
-        index=index, label=labels[int(logits.argmax())], probabilities=dict(zip(labels, shares, strict=True))
+        index=index,
+        label=labels[int(logits.argmax())],
+        probabilities=dict(zip(labels, shares, strict=True)),
+        distance=distance,
     )
 
 

@@ -54,13 +54,17 @@ class OnnxSession:
         self._value = onnxruntime.OrtValue
         self.metadata: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
         self.inputs = [value.name for value in self._session.get_inputs()]
-        outputs = [value.name for value in self._session.get_outputs()]
-        self._output = "logits" if "logits" in outputs else outputs[0]
+        self.outputs = [value.name for value in self._session.get_outputs()]
+        self._output = "logits" if "logits" in self.outputs else self.outputs[0]
 
     def run(self, feeds: dict[str, NDArray[Any]], n: int) -> Logits:
         """The logits (n, labels) float32 of a batch of n texts. SlimpiError if the graph cannot run or gives others."""
+        return self.run_beside(feeds, n, [])[0]
+
+    def run_beside(self, feeds: dict[str, NDArray[Any]], n: int, outputs: list[str]) -> tuple[Logits, list[Any]]:
+        """The logits as from `run`, and the named outputs of the same computation."""
         try:
-            (logits,) = self._session.run([self._output], feeds)
+            logits, *others = self._session.run([self._output, *outputs], feeds)
         except self._errors as error:
             raise SlimpiError(f"ONNX Runtime cannot run {self._path}: {one_line(error)}. Build it again.") from error
         if logits.ndim != 2 or logits.shape[0] != n:
@@ -68,7 +72,7 @@ class OnnxSession:
                 f"{self._path} gives `{self._output}` of shape {logits.shape} for {n} texts, expected "
                 "(texts, labels). Export it as a sequence classifier."
             )
-        return np.asarray(logits, dtype=np.float32)
+        return np.asarray(logits, dtype=np.float32), others
 
     def value(self, array: NDArray[Any]) -> Any:
         """The array as ONNX Runtime's own value."""

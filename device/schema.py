@@ -26,6 +26,9 @@ SCHEMA_VERSION = 1
 # Files of a classifier, by name: what reads its texts.
 TOKENIZER, WORDS = "tokenizer.json", "words.json"
 
+# Its graph's output of how far a text is from those it learned from, if it has one: (texts,) float32.
+DISTANCE = "distance"
+
 Sha256 = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 Provenance = Literal["measured", "emulated", "predicted", "host"]
 Kind = Literal["gguf", "onnx"]
@@ -307,12 +310,17 @@ class Ready(Record, frozen=True, kw_only=True):
     labels: list[str]
 
 
-class Prediction(Record, frozen=True, kw_only=True):
-    """The most likely label of the index-th text (from 0), and each label's probability: softmax of the logits."""
+class Prediction(Record, frozen=True, kw_only=True, omit_defaults=True):
+    """The most likely label of the index-th text (from 0), and each label's probability: softmax of the logits.
+
+    distance: how far the text is from those that the classifier learned from, where it tells: 1 is the 95 % quantile of
+    texts like them, above it the label means little.
+    """
 
     index: Count
     label: str
     probabilities: dict[str, float]
+    distance: float | None = None
 
 
 class Measurement(Record, frozen=True, kw_only=True):

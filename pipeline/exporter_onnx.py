@@ -100,6 +100,7 @@ def _trained_classifier(context: Context, train: Train) -> Prepared:
                 train.seed,
                 train.validation_share,
                 train.threshold,
+                train.outliers,
                 tick,
             )
         with context.progress.step("export classifier to ONNX FP32"):
@@ -179,9 +180,10 @@ def _pruned_export(context: Context) -> pruning_onnx.Export:
 def _decided(context: Context, train: Train, encoder: Path, folder: Path) -> str:
     recipe = context.recipe
     tweets = _tweets(sources.dataset(train.rows, context.places.sources), train)
-    held = [tweets[i] for i in data.split(tweets, train.validation_share, train.seed).test]
+    parts = data.split(tweets, train.validation_share, train.seed)
+    learned_from, held = ([tweets[i] for i in part] for part in (parts.train, parts.test))
     model = EncoderModel(load_encoder(encoder, recipe.labels, recipe.max_tokens), recipe.max_tokens)
-    decider = decide(model, held, train.threshold)
+    decider = decide(model, held, train.threshold, learned_from if train.outliers else ())
     decider.export(folder)
     return f"calibrated again after pruning: {decider.calibration}"
 

@@ -69,7 +69,7 @@ class Train(_Config, frozen=True, kw_only=True):
     """Train a classifier of pipeline/tweets/classifiers on labelled rows (0 and 1); settings: its own table.
 
     A share of the rows is held out to stop, calibrate and choose the threshold by, which maximizes F1 or accuracy there
-    or is one half.
+    or is one half. outliers: also tell how far each text is from those it learned from.
     """
 
     classifier: str
@@ -80,6 +80,7 @@ class Train(_Config, frozen=True, kw_only=True):
     seed: int = 0
     validation_share: Annotated[float, Meta(ge=0.05, le=0.5)] = 0.1
     threshold: Literal["f1", "accuracy", "half"] = "f1"
+    outliers: bool = False
     settings: dict[str, Any] = {}
 
 

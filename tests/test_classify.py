@@ -196,7 +196,7 @@ def test_the_program_takes_no_other_lines(folder: Path, line: bytes) -> None:
 
 
 def test_probabilities_are_a_softmax_of_large_logits_too() -> None:
-    said = device_classify.predict(0, np.array([1000.0, 1001.0], np.float32), ["a", "b"])
+    said = device_classify.predict(0, np.array([1000.0, 1001.0], np.float32), None, ["a", "b"])
     assert said.label == "b"
     assert said.probabilities == pytest.approx({"a": 1 / (1 + np.e), "b": np.e / (1 + np.e)})
 

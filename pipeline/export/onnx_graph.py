@@ -6,7 +6,9 @@ part's are found in them by a lookup.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -30,6 +32,14 @@ _INPUTS: dict[str, tuple[int, list[str]]] = {
     "token_type_ids": (TensorProto.INT64, ["texts", "tokens"]),
 }
 _OWN_DOMAIN = "com.microsoft"
+
+
+@dataclass(frozen=True)
+class Output:
+    """A float32 tensor of a graph that becomes an output, and names or sizes of its axes."""
+
+    tensor: str
+    dims: tuple[str | int, ...]
 
 
 class Graph:
@@ -111,12 +121,16 @@ class Graph:
         self.weights |= {tensor.name: tensor for tensor in inner.graph.initializer}
         return f"{prefix}{output}"
 
-    def finish(self, logits: str) -> onnx.ModelProto:
-        """The checked model: `logits` (texts, labels) float32 under that name."""
-        nodes = [*self.nodes, helper.make_node("Identity", [logits], ["logits"], name="logits")]
-        output = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["texts", 2])
+    def finish(self, logits: str, others: Mapping[str, Output] = MappingProxyType({})) -> onnx.ModelProto:
+        """The checked model: `logits` (texts, labels) float32 under that name, and other outputs beside it."""
+        outputs = {"logits": Output(logits, ("texts", 2)), **others}
+        nodes = [helper.make_node("Identity", [output.tensor], [name], name=name) for name, output in outputs.items()]
         graph = helper.make_graph(
-            nodes, "classifier", list(self.inputs.values()), [output], list(self.weights.values())
+            [*self.nodes, *nodes],
+            "classifier",
+            list(self.inputs.values()),
+            [helper.make_tensor_value_info(name, TensorProto.FLOAT, o.dims) for name, o in outputs.items()],
+            list(self.weights.values()),
         )
         domains = [helper.make_opsetid("", OPSET)]
         if any(node.domain == _OWN_DOMAIN for node in nodes):

@@ -15,26 +15,30 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from device.schema import WORDS, SlimpiError, encode, write_atomic
+from device.schema import DISTANCE, WORDS, SlimpiError, encode, write_atomic
 from device.words import INPUTS, Text, WordReader, WordSpec
-from pipeline.export.onnx_graph import Graph
+from pipeline.export.onnx_graph import Graph, Output
 from pipeline.progress import Tick, quiet
 from pipeline.tweets.calibration import Calibration, calibrate, logit
 from pipeline.tweets.classifiers import CLASSIFIERS, settings_of
 from pipeline.tweets.classifiers.base import FloatArray, Job, Trained, labels
 from pipeline.tweets.data import Tweet, split
+from pipeline.tweets.outliers import MAX_TWEETS, Outliers, features_in, fit_outliers
 
 N_COMPARED = 24
+BATCH_SIZE = 64
 EXPORT_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
 class Decider:
-    """A trained classifier, its calibration, and the validation tweets that the latter was chosen on."""
+    """A trained classifier, its calibration, and the validation tweets that the latter was chosen on. outliers: how its
+    graph tells which texts are unlike those it learned from, if it does."""
 
     model: Trained
     calibration: Calibration
     validation: Sequence[Tweet]
+    outliers: Outliers | None = None
 
     def logits(self, tweets: Sequence[Tweet]) -> FloatArray:
         """(n, 2), as the exported graph gives them."""
@@ -47,16 +51,22 @@ class Decider:
         The file is run on validation tweets and compared. SlimpiError if it computes something else.
         """
         graph = Graph(self.model.spec)
-        scaled = graph.add("Div", [self.model.add_to(graph), graph.constant(self.calibration.temperature)])
+        log_odds = self.model.add_to(graph)
+        scaled = graph.add("Div", [log_odds, graph.constant(self.calibration.temperature)])
         shifted = graph.add("Sub", [scaled, graph.constant(float(logit(self.calibration.threshold)))])
-        data = graph.finish(graph.add("Mul", [shifted, graph.constant([[-0.5, 0.5]])])).SerializeToString()
-        _compare(data, self, self.validation[:N_COMPARED])
+        logits = graph.add("Mul", [shifted, graph.constant([[-0.5, 0.5]])])
+        others = {}
+        if self.outliers:
+            distance = self.outliers.add_to(graph, features_in(graph, log_odds))
+            others[DISTANCE] = Output(distance, ("texts",))
+        made = graph.finish(logits, others)
+        _compare(made, self, self.validation[:N_COMPARED])
         folder.mkdir(parents=True, exist_ok=True)
         if self.model.spec:
             write_atomic(folder / WORDS, encode(self.model.spec))
         if self.model.tokenizer:
             write_atomic(folder / "tokenizer.json", self.model.tokenizer.encode())
-        write_atomic(folder / "model.onnx", data)
+        write_atomic(folder / "model.onnx", made.SerializeToString())
         return folder / "model.onnx"
 
 
@@ -70,23 +80,56 @@ def train_decider(
     seed: int = 0,
     validation_share: float = 0.1,
     threshold: str = "f1",
+    outliers: bool = False,
     progress: Tick = quiet,
 ) -> Decider:
     """Train a classifier of CLASSIFIERS on tweets, of which a share is held out to stop, calibrate and decide by.
 
     table: its settings; source: the folder of its encoder, if it has one; cache: where word vectors are kept; work:
-    where a search is, to go on from. The same arguments give the same classifier. SlimpiError for unknown names and
-    settings, and tweets that cannot be split.
+    where a search is, to go on from; outliers: whether the graph tells how far a text is from those it learned from.
+    The same arguments give the same classifier. SlimpiError for unknown names and settings, tweets that cannot be
+    split, and a classifier that has no such distance.
     """
+    if outliers and not CLASSIFIERS[name].dense:
+        known = ", ".join(other for other, entry in CLASSIFIERS.items() if entry.dense)
+        raise SlimpiError(
+            f"{name} has no layer of features that `outliers` needs. Leave it out, or take one of {known}."
+        )
     parts = split(tweets, validation_share, seed)
     train, held = ([tweets[i] for i in part] for part in (parts.train, parts.test))
     job = Job(train, held, source, cache, work, seed, progress)
     model = CLASSIFIERS[name].train(job, settings_of(name, table))
-    return decide(model, held, threshold)
+    return decide(model, held, threshold, train if outliers else ())
 
 
-def decide(model: Trained, validation: Sequence[Tweet], threshold: str) -> Decider:
-    return Decider(model, calibrate(model.log_odds(validation), labels(validation), threshold), validation)
+def decide(model: Trained, validation: Sequence[Tweet], threshold: str, learned_from: Sequence[Tweet] = ()) -> Decider:
+    """learned_from: tweets from which the graph shall tell distances, none = it tells none."""
+    found = None
+    if learned_from:
+        some = learned_from[:MAX_TWEETS]
+        found = fit_outliers(_features(model, some), labels(some), _features(model, validation))
+    return Decider(model, calibrate(model.log_odds(validation), labels(validation), threshold), validation, found)
+
+
+def _features(model: Trained, tweets: Sequence[Tweet]) -> FloatArray:
+    """(n, d) of what the last layer reads, by the graph that is exported."""
+    graph = Graph(model.spec)
+    log_odds = model.add_to(graph)
+    features = Output(features_in(graph, log_odds), ("texts", "features"))
+    session = _session(graph.finish(graph.add("Concat", [log_odds, log_odds], axis=1), {"features": features}))
+    parts = []
+    for start in range(0, len(tweets), BATCH_SIZE):
+        feeds = feeds_of(model.spec, model.tokenizer, model.max_tokens, tweets[start : start + BATCH_SIZE])
+        parts += session.run(["features"], {value.name: feeds[value.name] for value in session.get_inputs()})
+    return np.concatenate(parts).astype(np.float64)
+
+
+def _session(model: Any) -> Any:
+    import onnxruntime
+
+    from pipeline.export.onnx import one_thread
+
+    return onnxruntime.InferenceSession(model.SerializeToString(), one_thread(), providers=["CPUExecutionProvider"])
 
 
 def feeds_of(spec: WordSpec | None, tokenizer: str, max_tokens: int, tweets: Sequence[Tweet]) -> dict[str, Any]:
@@ -112,13 +155,9 @@ def _tokens(tokenizer: str, max_tokens: int, texts: Sequence[str]) -> dict[str, 
     return {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
 
 
-def _compare(data: bytes, decider: Decider, tweets: Sequence[Tweet]) -> None:
+def _compare(made: Any, decider: Decider, tweets: Sequence[Tweet]) -> None:
     """Run the graph on a batch of mixed lengths and on one tweet alone."""
-    import onnxruntime
-
-    from pipeline.export.onnx import one_thread
-
-    session = onnxruntime.InferenceSession(data, one_thread(), providers=["CPUExecutionProvider"])
+    session = _session(made)
     names = [entry.name for entry in session.get_inputs()]
     model = decider.model
     for batch in (tweets, tweets[:1]):

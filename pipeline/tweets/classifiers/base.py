@@ -76,11 +76,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Classifier:
-    """One entry of CLASSIFIERS. settings: the type of its settings table; needs_source: whether it has an encoder."""
+    """One entry of CLASSIFIERS. settings: the type of its settings table; needs_source: whether it has an encoder;
+    dense: whether it ends in one layer on features, from which distances between texts can be told."""
 
     settings: type[Settings]
     train: Callable[[Job, Any], Trained]
     needs_source: bool = True
+    dense: bool = True
 
 
 def texts(tweets: Sequence[Tweet]) -> list[Text]:
