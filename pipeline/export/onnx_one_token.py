@@ -14,16 +14,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 
-import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper
+
+from pipeline.export.onnx_sizes import add_constant, constants_of, dims_of, drop_unread, same_behind
 
 ELEMENTWISE = frozenset(
     {"Add", "Cast", "Div", "Erf", "Identity", "Mul", "Pow", "Relu", "Sigmoid", "Sqrt", "Sub", "Tanh", "Where"}
 )
-SIZES = frozenset({"Cast", "Concat", "Gather", "Slice", "Squeeze", "Unsqueeze"})
-"""Operations that put sizes together."""
-
 TOKEN_AXIS = 1
 """Of states (batch, tokens, hidden)."""
 
@@ -37,7 +35,7 @@ def keep_one_token(model: onnx.ModelProto) -> int:
     0 where the head reads all tokens or the graph has another form: then nothing is changed.
     """
     graph = model.graph
-    found = _Reading(graph, _dims(model))
+    found = _Reading(graph, dims_of(model))
     heads = found.heads()
     if len({token for _, token in heads}) != 1 or len({graph.node[node].input[0] for node, _ in heads}) != 1:
         return 0
@@ -47,17 +45,6 @@ def keep_one_token(model: onnx.ModelProto) -> int:
         _cut(graph, found, thin, [node for node, _ in heads], heads[0][1])
         onnx.checker.check_model(model)
     return products
-
-
-def _dims(model: onnx.ModelProto) -> dict[str, list[int]]:
-    """Dimensions of what has a known rank; -1 where a dimension is not known."""
-    inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
-    dims = {t.name: list(t.dims) for t in inferred.initializer}
-    for value in (*inferred.input, *inferred.value_info, *inferred.output):
-        kind = value.type.tensor_type
-        if kind.HasField("shape"):
-            dims[value.name] = [d.dim_value if d.HasField("dim_value") else -1 for d in kind.shape.dim]
-    return dims
 
 
 class _Reading:
@@ -70,10 +57,7 @@ class _Reading:
             for place, name in enumerate(node.input):
                 self.readers[name].append((index, place))
         self.outputs = {value.name for value in graph.output}
-        self.constants = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
-        for node in graph.node:
-            if node.op_type == "Constant" and node.attribute[0].name == "value":
-                self.constants[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
+        self.constants = constants_of(graph)
         self.wanted: dict[Input, int] = {}
         self.thin: dict[str, int] = {}
 
@@ -107,43 +91,8 @@ class _Reading:
         """The axis along which all that read the tensor want one token, None if any wants more."""
         if name in self.outputs or not self.readers[name]:
             return None
-        axes = {self.wanted.get(reader) for reader in self.readers[name] if not self._asks_size(reader)}
-        axis = axes.pop() if len(axes) == 1 else None
-        if axis is None or any(not self._spares(reader, name, axis) for reader in self.readers[name]):
-            return None
-        return axis
-
-    def _asks_size(self, reader: Input) -> bool:
-        return self.graph.node[reader[0]].op_type == "Shape"
-
-    def _spares(self, reader: Input, name: str, axis: int) -> bool:
-        """Whether a Shape, if it is one that reads, tells the number of tokens to nobody but Reshapes that are cut."""
-        if not self._asks_size(reader):
-            return True
-        rank = len(self.dims.get(name, []))
-        sizes = self.graph.node[reader[0]].output[0]
-        return rank > 0 and all(
-            self._other_sizes(index, axis, rank) or self._for_a_reshape(index, place)
-            for index, place in self.readers[sizes]
-        )
-
-    def _other_sizes(self, index: int, axis: int, rank: int) -> bool:
-        """Whether a node takes sizes without that of the tokens from a Shape's output."""
-        node = self.graph.node[index]
-        bounds = [self.constants.get(name) for name in node.input[1:3]]
-        if node.op_type != "Slice" or len(node.input) != 3 or any(b is None or b.size != 1 for b in bounds):
-            return False
-        start, end = (int(b.reshape(-1)[0]) for b in bounds if b is not None)
-        return axis not in range(rank)[start:end]
-
-    def _for_a_reshape(self, index: int, place: int) -> bool:
-        """Whether a size, or what is put together from it, ends as what a Reshape of one token is given."""
-        node = self.graph.node[index]
-        if node.op_type == "Reshape":
-            return place == 1 and node.output[0] in self.thin
-        if node.op_type not in SIZES or not self.readers[node.output[0]]:
-            return False
-        return all(self._for_a_reshape(*reader) for reader in self.readers[node.output[0]])
+        axes = {self.wanted.get(reader) for reader in self.readers[name]}
+        return axes.pop() if len(axes) == 1 else None
 
     def _inputs(self, node: onnx.NodeProto, axis: int) -> Iterator[tuple[int, int]]:
         """(input, the axis of its tokens) where one token of the output needs one token of the input; nothing for an
@@ -166,14 +115,8 @@ class _Reading:
                 yield 0, len(dims[0]) - 2
         elif node.op_type == "Transpose":
             yield 0, list(next(a.ints for a in node.attribute if a.name == "perm"))[axis]
-        elif node.op_type == "Reshape" and axis == TOKEN_AXIS and _same_behind(dims[0], out):
+        elif node.op_type == "Reshape" and axis == TOKEN_AXIS and same_behind(dims[0], out):
             yield 0, axis
-
-
-def _same_behind(before: list[int], after: list[int]) -> bool:
-    """Whether a Reshape splits or joins only what comes behind (batch, tokens)."""
-    tails = [dims[TOKEN_AXIS + 1 :] for dims in (before, after)]
-    return all(tail and min(tail) > 0 for tail in tails) and np.prod(tails[0]) == np.prod(tails[1])
 
 
 def _attribute(node: onnx.NodeProto, name: str, default: int) -> int:
@@ -182,7 +125,7 @@ def _attribute(node: onnx.NodeProto, name: str, default: int) -> int:
 
 def _cut(graph: onnx.GraphProto, found: _Reading, thin: dict[str, int], heads: list[int], token: int) -> None:
     """Put a Gather of the token before each input that is read at it and is not thin itself."""
-    index = _Names(graph, token)
+    index, zero = (add_constant(graph, f"one_token.{name}", value) for name, value in (("index", [token]), ("zero", 0)))
     nodes: list[onnx.NodeProto] = []
     made: dict[tuple[str, int], str] = {}
     for number, node in enumerate(graph.node):
@@ -192,38 +135,16 @@ def _cut(graph: onnx.GraphProto, found: _Reading, thin: dict[str, int], heads: l
                 continue
             if (name, axis) not in made:
                 made[name, axis] = f"{name}.token.{axis}"
-                nodes.append(helper.make_node("Gather", [name, index.token], [made[name, axis]], axis=axis))
+                nodes.append(helper.make_node("Gather", [name, index], [made[name, axis]], axis=axis))
             node.input[place] = made[name, axis]
         if number in heads and node.input[0] in thin:
-            node.input[1] = index.zero
+            node.input[1] = zero
         if node.op_type == "Reshape" and node.output[0] in thin:
             # The sizes it is given name all tokens: (batch, 1, what was behind).
             behind = found.dims[node.output[0]][TOKEN_AXIS + 1 :]
-            node.input[1] = index.sizes((0, 1, *behind))
+            node.input[1] = add_constant(graph, f"sizes.0x1x{'x'.join(map(str, behind))}", [0, 1, *behind])
         nodes.append(node)
     del graph.node[:]
     graph.node.extend(nodes)
     del graph.value_info[:]
-    read = {name for node in graph.node for name in node.input}
-    unread = [tensor for tensor in graph.initializer if tensor.name not in read]
-    for tensor in unread:
-        graph.initializer.remove(tensor)
-
-
-class _Names:
-    """Initializers that cuts need: each made once."""
-
-    def __init__(self, graph: onnx.GraphProto, token: int) -> None:
-        self.graph = graph
-        self.token = self._make("one_token.index", [token])
-        self.zero = self._make("one_token.zero", 0)
-
-    def sizes(self, sizes: tuple[int, ...]) -> str:
-        name = f"one_token.sizes.{'x'.join(map(str, sizes))}"
-        return name if any(t.name == name for t in self.graph.initializer) else self._make(name, list(sizes))
-
-    def _make(self, name: str, value: int | list[int]) -> str:
-        tensor = numpy_helper.from_array(np.array(value, np.int64), name)
-        assert tensor.data_type == TensorProto.INT64
-        self.graph.initializer.append(tensor)
-        return name
+    drop_unread(graph)
