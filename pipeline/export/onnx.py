@@ -27,7 +27,7 @@ from pipeline.export import onnx_int8, onnx_nbits, onnx_xlnet
 from pipeline.export.onnx_observe import Calibration, Observed
 from pipeline.export.onnx_one_token import keep_one_token
 from pipeline.export.onnx_rewrite import SCALE, ZERO_POINT, Rewriter
-from pipeline.export.onnx_sizes import fix_sizes
+from pipeline.export.onnx_sizes import dims_of, fix_sizes, symbolic_dims_of
 from pipeline.export.onnx_static import DIVISOR, KEPT_INDEX, KEPT_ROWS
 from pipeline.progress import Tick, quiet
 
@@ -251,8 +251,8 @@ def exported(model: Any, task: str = "text-classification", remedy: str = "Use a
             raise SlimpiError(f"optimum cannot export a {config.model_type} for {task}: {error}. {remedy}") from error
         found = onnx.load(Path(scratch) / "model.onnx")
     onnx_xlnet.plain_products(found.graph)
-    if task in ENCODER_TASKS:
-        fix_sizes(found)
+    fix_sizes(found, (dims_of if task in ENCODER_TASKS else symbolic_dims_of)(found))
+    if task == "text-classification":
         keep_one_token(found)
     name_weights(found, model.state_dict())
     return found

@@ -17,7 +17,15 @@ from collections.abc import Iterator
 import onnx
 from onnx import helper
 
-from pipeline.export.onnx_sizes import add_constant, constants_of, dims_of, drop_unread, same_behind
+from pipeline.export.onnx_sizes import (
+    Dims,
+    add_constant,
+    constants_of,
+    dims_of,
+    drop_unread,
+    reshape_sizes,
+    same_behind,
+)
 
 ELEMENTWISE = frozenset(
     {"Add", "Cast", "Div", "Erf", "Identity", "Mul", "Pow", "Relu", "Sigmoid", "Sqrt", "Sub", "Tanh", "Where"}
@@ -50,7 +58,7 @@ def keep_one_token(model: onnx.ModelProto) -> int:
 class _Reading:
     """Who reads what of a graph, and along which axis of a tensor its tokens lie."""
 
-    def __init__(self, graph: onnx.GraphProto, dims: dict[str, list[int]]) -> None:
+    def __init__(self, graph: onnx.GraphProto, dims: Dims) -> None:
         self.graph, self.dims = graph, dims
         self.readers: dict[str, list[Input]] = defaultdict(list)
         for index, node in enumerate(graph.node):
@@ -141,7 +149,8 @@ def _cut(graph: onnx.GraphProto, found: _Reading, thin: dict[str, int], heads: l
             node.input[1] = zero
         if node.op_type == "Reshape" and node.output[0] in thin:
             # The sizes it is given name all tokens: (batch, 1, what was behind).
-            behind = found.dims[node.output[0]][TOKEN_AXIS + 1 :]
+            before, after = (found.dims[name] for name in (node.input[0], node.output[0]))
+            behind = reshape_sizes(before, after)[TOKEN_AXIS + 1 :]
             node.input[1] = add_constant(graph, f"sizes.0x1x{'x'.join(map(str, behind))}", [0, 1, *behind])
         nodes.append(node)
     del graph.node[:]
