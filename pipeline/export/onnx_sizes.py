@@ -71,8 +71,9 @@ def expand_sizes(before: Sequence[Size], after: Sequence[Size]) -> list[int]:
 
 
 def dims_of(model: onnx.ModelProto) -> Dims:
-    """Dimensions of what has a known rank, as onnx infers them."""
-    return _read_dims(onnx.shape_inference.infer_shapes(model, data_prop=True).graph)
+    """Dimensions of what has a known rank, as onnx infers them. Without names: exporters give one size several."""
+    dims = _read_dims(onnx.shape_inference.infer_shapes(model, data_prop=True).graph)
+    return {name: [size if isinstance(size, int) else None for size in sizes] for name, sizes in dims.items()}
 
 
 def symbolic_dims_of(model: onnx.ModelProto) -> Dims:
