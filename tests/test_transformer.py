@@ -19,6 +19,7 @@ from device.schema import SlimpiError
 from pipeline import encoders
 from pipeline.encoders import load_encoder
 from pipeline.export.onnx import bare_tokenizer, export_encoder
+from pipeline.tweets import transformer
 from pipeline.tweets.batches import length_batches
 from pipeline.tweets.transformer import (
     FineTuned,
@@ -104,6 +105,21 @@ def test_bf16_products_give_fp32_weights_near_those_of_fp32(tmp_path: Path) -> N
     assert {p.dtype for p in fits[1].encoder.model.parameters()} == {torch.float32}
     logits = encoder_logits(fits[1].encoder, texts, MAX_TOKENS)
     assert (logits.argmax(1) == targets).mean() > 0.7
+
+
+@pytest.mark.parametrize(
+    ("flags", "products"), [("fpu amx_bf16 avx2", "bf16"), ("fpu avx512_bf16", "bf16"), ("fpu avx2", "fp32")]
+)
+def test_auto_goes_by_what_the_processor_multiplies(
+    flags: str, products: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: {flags}\n")
+    monkeypatch.setattr(transformer, "Path", lambda unused: tmp_path / "cpuinfo")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    transformer._multiplies_bf16.cache_clear()
+    assert FineTuning().products == products
+    assert (FineTuning(precision="fp32").products, FineTuning(precision="bf16").products) == ("fp32", "bf16")
+    transformer._multiplies_bf16.cache_clear()
 
 
 def test_stopping_keeps_the_best_weights(tmp_path: Path) -> None:

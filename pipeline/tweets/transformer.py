@@ -13,6 +13,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,8 +41,8 @@ class FineTuning(Settings, frozen=True, kw_only=True):
     layer_decay: a layer learns at this factor of the rate of the layer above (Sun et al. 2019, section 5.3.4).
     tidy: the tokenizer takes URLs for one word and mends broken characters (TIDY).
     pooling: whether the head reads the "first" token's state or the "mean" over tokens (see pipeline.pooling).
-    precision: of the products while it learns; weights, validation and what is exported are fp32 in either. "bf16" is
-    several times as fast where the processor multiplies it (AMX, CUDA), and slower where it does not.
+    precision: of the products while it learns; weights, validation and what is exported are fp32 in either. "auto" is
+    "bf16" where the processor multiplies it, at twice the speed, else "fp32".
     """
 
     trained: str = "all"
@@ -56,7 +57,30 @@ class FineTuning(Settings, frozen=True, kw_only=True):
     patience: int = 3
     tidy: bool = True
     pooling: Literal["first", "mean"] = "first"
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+
+    @property
+    def products(self) -> Literal["fp32", "bf16"]:
+        """What "auto" is on this machine."""
+        if self.precision != "auto":
+            return self.precision
+        return "bf16" if _multiplies_bf16() else "fp32"
+
+
+BF16_FLAGS = {"amx_bf16", "avx512_bf16"}
+
+
+@lru_cache(maxsize=1)
+def _multiplies_bf16() -> bool:
+    """Whether the GPU, or else the processor by Linux's list of what it can, has products of bfloat16."""
+    if torch.cuda.is_available():
+        return bool(torch.cuda.is_bf16_supported())
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    flags = next((line for line in text.splitlines() if line.startswith("flags")), "")
+    return bool(BF16_FLAGS & set(flags.split()))
 
 
 @dataclass(frozen=True)
@@ -184,7 +208,7 @@ def _step(
 ) -> None:
     where = next(encoder.model.parameters()).device
     batch = {name: value.to(where) for name, value in encode_batch(encoder, texts, max_tokens).items()}
-    with torch.autocast(where.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+    with torch.autocast(where.type, torch.bfloat16, enabled=settings.products == "bf16"):
         logits = encoder.model(**batch).logits.float()
     loss = torch.nn.functional.cross_entropy(
         logits, torch.from_numpy(targets).to(where), label_smoothing=settings.label_smoothing
