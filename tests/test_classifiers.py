@@ -288,7 +288,7 @@ def test_members_that_read_texts_differently_are_refused(places: Path) -> None:
     with pytest.raises(SlimpiError, match="max_words 32 and 30"):
         combine([a, b], [1, 1], [1, 1])
     c = fit("embeddings", places).model
-    with pytest.raises(SlimpiError, match=r"max_tokens \[48, 7\]"):
+    with pytest.raises(SlimpiError, match="different tokenizers or max_tokens"):
         combine([c, replace(c, embedder=replace(c.embedder, max_tokens=7))], [1, 1], [1, 1])
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -139,10 +139,7 @@ def _ensemble_fold(setup: Setup, table: dict[str, Any], seed: int, fold: int, pr
     """As the ensemble's training does it: the members on the same rows and seed, each with its own temperature."""
     settings = settings_of("ensemble", table)
     assert isinstance(settings, EnsembleSettings)
-    parts = []
-    for member in settings.members:
-        own = replace(setup, source=member.encoder(setup.source, setup.cache))
-        parts.append(predict_fold(own, member.classifier, member.settings, seed, fold, progress))
+    parts = [predict_fold(setup, m.classifier, m.settings, seed, fold, progress) for m in settings.members]
     first = parts[0]
     targets = labels(setup.tweets)[first.validation]
     temperatures = [fit_temperature(part.validation_log_odds, targets) for part in parts]

@@ -1,15 +1,14 @@
 """Several classifiers on the same tweets: the mean of their calibrated probabilities, as one graph.
 
-Members that read words share the cleaning; their vocabularies are joined and each finds its own rows by a lookup. The
-artifact has one tokenizer, the first member's; others must cut texts as it does, but may number the pieces otherwise.
+Members that read words share the cleaning; their vocabularies are joined and each finds its own rows by a lookup. At
+most one tokenizer: members that read tokens must have the same one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import reduce
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -17,27 +16,19 @@ import numpy as np
 
 from device.schema import SlimpiError
 from device.words import WordSpec
-from pipeline import sources
 from pipeline.export.onnx_graph import Graph
 from pipeline.tweets import calibration
 from pipeline.tweets.classifiers.base import Classifier, FloatArray, Job, Trained, labels
-from pipeline.tweets.classifiers.renumber import renumbered
 from pipeline.tweets.data import Tweet
 from pipeline.tweets.settings import Settings
 
 
 class Member(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One of CLASSIFIERS with its settings. source and sha256: of its encoder, as in a recipe; "" = the recipe's."""
+    """One of CLASSIFIERS with its settings."""
 
     classifier: str
     settings: dict[str, Any] = {}
     weight: float = 1.0
-    source: str = ""
-    sha256: str = ""
-
-    def encoder(self, recipes: Path | None, cache: Path) -> Path | None:
-        """The folder of its encoder: its own, fetched if need be, or the recipe's."""
-        return sources.fetch(self.source, self.sha256, cache).path if self.source else recipes
 
 
 class EnsembleSettings(Settings, frozen=True, kw_only=True):
@@ -97,8 +88,7 @@ def train(job: Job, settings: EnsembleSettings) -> EnsembleModel:
         if member.classifier == "ensemble":
             raise SlimpiError("an ensemble's member cannot be an ensemble. Name its members instead.")
         chosen = settings_of(member.classifier, member.settings)
-        own = replace(job, source=member.encoder(job.source, job.cache))
-        trained = CLASSIFIERS[member.classifier].train(own, chosen)
+        trained = CLASSIFIERS[member.classifier].train(job, chosen)
         members.append(trained)
         temperatures.append(calibration.fit_temperature(trained.log_odds(job.validation), labels(job.validation)))
     return combine(members, temperatures, [member.weight for member in settings.members])
@@ -107,13 +97,13 @@ def train(job: Job, settings: EnsembleSettings) -> EnsembleModel:
 def combine(members: Sequence[Trained], temperatures: Sequence[float], weights: Sequence[float]) -> EnsembleModel:
     """SlimpiError if the members read texts in ways that do not fit together."""
     specs = [member.spec for member in members if member.spec]
-    readers = [member for member in members if member.tokenizer]
-    tokenizer, max_tokens = (readers[0].tokenizer, readers[0].max_tokens) if readers else ("", 0)
-    if any(member.max_tokens != max_tokens for member in readers):
-        raise SlimpiError(f"members have max_tokens {[m.max_tokens for m in readers]}. Give them the same.")
+    tokens = {(member.tokenizer, member.max_tokens) for member in members if member.tokenizer}
+    if len(tokens) > 1:
+        raise SlimpiError("members have different tokenizers or max_tokens. Give them the same encoder and max_tokens.")
+    tokenizer, max_tokens = tokens.pop() if tokens else ("", 0)
     total = sum(weights)
     return EnsembleModel(
-        tuple(renumbered(member, tokenizer) if member.tokenizer else member for member in members),
+        tuple(members),
         tuple(temperatures),
         tuple(w / total for w in weights),
         reduce(_join, specs) if specs else None,
