@@ -6,7 +6,7 @@ Layouts are from ggml-common.h and ggml-quants.c of llama.cpp, and ContribOperat
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -125,6 +125,33 @@ def pack_matmul_nbits(q: QTensor) -> tuple[Bytes, NDArray[np.float32], Bytes | N
         padded[:, :groups] = q.scales.min_codes.cpu().numpy()
         zeros = _interleave(padded, width, 1)
     return data, q.scales.d.cpu().numpy().astype(np.float32), zeros
+
+
+class Nibbles(NamedTuple):
+    """Inputs of a MatMulNBits of 4 bits, and what its x is multiplied with first."""
+
+    factor: int
+    data: Bytes
+    zeros: Bytes | None
+
+
+def pack_in_nibbles(q: QTensor) -> tuple[tuple[Nibbles, Nibbles], NDArray[np.float32]]:
+    """Codes of 8 bits as the sum of two products of 4: ((high, low), the scales of both).
+
+    scale (code - zero) x = scale (high - zero's high) (16 x) + scale (low - zero's low) x, exactly. ONNX Runtime has
+    fast kernels for 4 bits everywhere; of 8 it unpacks the whole matrix for every call where activations are fp32.
+    """
+    data, scales, zeros = pack_matmul_nbits(q)
+    rows, groups, _ = data.shape
+    points = zeros[:, :groups] if zeros is not None else None
+    padding = [(0, 0), (0, groups % 2)]
+
+    high_zeros = None if points is None else _interleave(np.pad(points >> 4, padding), 4, 1)
+    # 128, which 8 bits have for zero where nothing is said, is 8 in the high half, 4 bits' own, and none in the low.
+    low_points = np.zeros((rows, groups), np.uint8) if points is None else points & 15
+    low_zeros = _interleave(np.pad(low_points, padding), 4, 1)
+    high, low = (_interleave(half, 4, 1).reshape(rows, groups, -1) for half in (data >> 4, data & 15))
+    return (Nibbles(16, high, high_zeros), Nibbles(1, low, low_zeros)), scales
 
 
 def _layout(kind: Format) -> tuple[Bits | Half, ...]:

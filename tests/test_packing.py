@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.formats import FORMATS, Format, QTensor, Scales
-from pipeline.packing import pack, pack_matmul_nbits, unpack
+from pipeline.packing import pack, pack_in_nibbles, pack_matmul_nbits, unpack
 
 GGUF_CODES = [name for name, kind in FORMATS.items() if kind.codes and kind.ggml_type]
 ONNX_CODES = [name for name in FORMATS if name.startswith("INT")]
@@ -105,10 +105,36 @@ def test_onnxruntime_multiplies_by_what_we_pack(name: str) -> None:
     np.testing.assert_allclose(got[columns:], exact, rtol=0, atol=2e-5 * np.abs(exact).max())
 
 
+@pytest.mark.parametrize("groups", [2, 3])
+@pytest.mark.parametrize("name", [name for name in ONNX_CODES if name.startswith("INT8")])
+def test_two_products_of_four_bits_are_one_of_eight(name: str, groups: int) -> None:
+    """An odd number of groups leaves half a byte of a row's zero points."""
+    kind = FORMATS[name]
+    q = random_qtensor(kind, 5, groups * kind.block_size, 7)
+    x = np.random.default_rng(4).normal(0, 1, (4, q.codes.shape[1])).astype(np.float32)
+    halves, scales = pack_in_nibbles(q)
+    assert [half.factor for half in halves] == [16, 1]
+    got = sum(
+        run_matmul_nbits(half.factor * x, q, 4, {"B": half.data, "scales": scales} | _zeros(half.zeros))
+        for half in halves
+    )
+    exact = x.astype(np.float64) @ q.dequantize().numpy().T.astype(np.float64)
+    np.testing.assert_allclose(got, exact, rtol=0, atol=2e-5 * np.abs(exact).max())
+
+
+def _zeros(zeros: np.ndarray | None) -> dict[str, np.ndarray]:
+    return {} if zeros is None else {"zero_points": zeros}
+
+
 def matmul_nbits(x: np.ndarray, q: QTensor) -> np.ndarray:
     assert q.format.codes is not None
     data, scales, zeros = pack_matmul_nbits(q)
-    arrays = {"B": data, "scales": scales} | ({} if zeros is None else {"zero_points": zeros})
+    bits = (len(q.format.codes.grid) - 1).bit_length()
+    return run_matmul_nbits(x, q, bits, {"B": data, "scales": scales} | _zeros(zeros))
+
+
+def run_matmul_nbits(x: np.ndarray, q: QTensor, bits: int, arrays: dict[str, np.ndarray]) -> np.ndarray:
+    assert q.format.codes is not None
     node = onnx.helper.make_node(
         "MatMulNBits",
         ["x", *arrays],
@@ -116,7 +142,7 @@ def matmul_nbits(x: np.ndarray, q: QTensor) -> np.ndarray:
         domain="com.microsoft",
         N=q.codes.shape[0],
         K=q.codes.shape[1],
-        bits=(len(q.format.codes.grid) - 1).bit_length(),
+        bits=bits,
         block_size=q.format.codes.group_size,
     )
     floats = onnx.TensorProto.FLOAT

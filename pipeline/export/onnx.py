@@ -26,7 +26,7 @@ from pipeline.encoders import Encoder, load_encoder, quiet_transformers
 from pipeline.export import onnx_int8, onnx_nbits, onnx_xlnet
 from pipeline.export.onnx_observe import Calibration, Observed
 from pipeline.export.onnx_one_token import keep_one_token
-from pipeline.export.onnx_rewrite import SCALE, ZERO_POINT, Rewriter
+from pipeline.export.onnx_rewrite import LOW, SCALE, ZERO_POINT, Rewriter
 from pipeline.export.onnx_sizes import dims_of, fix_sizes, symbolic_dims_of
 from pipeline.export.onnx_static import DIVISOR, KEPT_INDEX, KEPT_ROWS
 from pipeline.progress import Tick, quiet
@@ -190,7 +190,8 @@ def describe_onnx(path: Path, except_linear: Sequence[str] = ()) -> OnnxSummary:
         own_bits = _bits(tensor) + sum(_bits(tensors[name + s]) for s in _OVERHEADS if name + s in tensors)
         count = int(np.prod(tensor.dims))
         if block := blocks.get(name):
-            count, kind = block["N"] * block["K"], f"INT{block['bits']}_G{block['block_size']}"
+            width = 8 if name + LOW in tensors else block["bits"]
+            count, kind = block["N"] * block["K"], f"INT{width}_G{block['block_size']}"
         types[name] = kind
         n_weights, bits = n_weights + count, bits + own_bits
         if name in linear:
@@ -200,7 +201,7 @@ def describe_onnx(path: Path, except_linear: Sequence[str] = ()) -> OnnxSummary:
     return OnnxSummary(types, n_weights, n_linear, bits / n_weights, linear_bits / n_linear if n_linear else 0.0)
 
 
-_OVERHEADS = (SCALE, ZERO_POINT, DIVISOR, KEPT_ROWS, KEPT_INDEX)
+_OVERHEADS = (SCALE, LOW, LOW + ZERO_POINT, ZERO_POINT, DIVISOR, KEPT_ROWS, KEPT_INDEX)
 _TYPE_NAMES = {TensorProto.FLOAT: "FP32", TensorProto.UINT8: "U8", TensorProto.INT8: "S8"}
 
 

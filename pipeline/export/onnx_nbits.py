@@ -1,5 +1,7 @@
 """Models with 4 or 8 bits a weight in blocks: ONNX Runtime's MatMulNBits, codes by one of METHODS.
 
+Products of 8 bits are written as two of 4 (`pack_in_nibbles`).
+
 Products whose inner size the block does not divide stay fp32; lookups are uint8 as in `INT8-dynamic`. Activations stay
 fp32 (accuracy_level 1), so that host and device compute the same.
 """
@@ -8,17 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 import torch
 from onnx import helper, numpy_helper
 
 from device.schema import SlimpiError, write_atomic
-from pipeline.export.onnx_rewrite import SCALE, ZERO_POINT, Rewriter
+from pipeline.export.onnx_rewrite import LOW, SCALE, ZERO_POINT, Rewriter
 from pipeline.formats import FORMATS, Format, QTensor
 from pipeline.layers import Layer
-from pipeline.packing import pack_matmul_nbits
+from pipeline.packing import Nibbles, pack_in_nibbles, pack_matmul_nbits
 
 DOMAIN = "com.microsoft"
 TYPES = tuple(n for n, f in FORMATS.items() if f.ggml_type is None and f.codes is not None and f.codes.pool == 1)
@@ -83,8 +87,9 @@ class Blockwise(Rewriter):
         super().__init__(graph)
         self.choose, self.n_products = choose, 0
         self.settings: dict[str, dict[str, int]] = {}
-        self.has_zeros: dict[str, bool] = {}
+        self.parts: dict[str, list[tuple[str, int, bool]]] = {}
         self.left: set[str] = set()
+        self.multiplied: set[str] = set()
 
     def product(self, node: onnx.NodeProto) -> None:
         """y = x @ W + bias. Weights that stay are used as they are."""
@@ -93,17 +98,40 @@ class Blockwise(Rewriter):
         if not self.blocks(weight, transposed):
             self.nodes.append(node)
             return
-        inputs = [weight, f"{weight}{SCALE}"]
-        inputs += [f"{weight}{ZERO_POINT}"] if self.has_zeros[weight] else []
         biased = len(node.input) > 2
-        product = f"{y}.product" if biased else y
-        settings = self.settings[weight]
-        self.nodes.append(
-            helper.make_node("MatMulNBits", [x, *inputs], [product], name=f"{y}/MatMulNBits", domain=DOMAIN, **settings)
-        )
-        self.n_products += 1
+        terms = [self.part(x, weight, y, *part) for part in self.parts[weight]]
         if biased:
-            self.add("Add", [product, node.input[2]], y)
+            terms.append(node.input[2])
+        if len(terms) == 1:
+            self.nodes[-1].output[0] = y
+        while len(terms) > 1:
+            first, second, *rest = terms
+            terms = [f"{y}.sum" if rest else y, *rest]
+            self.add("Add", [first, second], terms[0])
+        self.n_products += 1
+
+    def part(self, x: str, weight: str, y: str, suffix: str, factor: int, zeros: bool) -> str:
+        """The product with one of the weight's parts."""
+        if factor != 1:
+            x = self.multiple(x, factor)
+        inputs = [x, f"{weight}{suffix}", f"{weight}{SCALE}"]
+        inputs += [f"{weight}{suffix}{ZERO_POINT}"] if zeros else []
+        out = f"{y}.product{suffix}"
+        name = f"{y}{suffix}/MatMulNBits"
+        self.nodes.append(
+            helper.make_node("MatMulNBits", inputs, [out], name=name, domain=DOMAIN, **self.settings[weight])
+        )
+        return out
+
+    def multiple(self, x: str, factor: int) -> str:
+        """x times a number, once for all products that read it."""
+        name, number = f"{x}.times{factor}", f"times{factor}"
+        if name not in self.multiplied:
+            if number not in self.multiplied:
+                self.graph.initializer.append(numpy_helper.from_array(np.array(factor, np.float32), number))
+            self.multiplied |= {name, number}
+            self.add("Mul", [x, number], name)
+        return name
 
     def blocks(self, name: str, transposed: bool) -> bool:
         """Replace the weight by blocks, once; False if it stays."""
@@ -120,19 +148,32 @@ class Blockwise(Rewriter):
             self.left.add(name)
             return False
         self.rewritten[name] = use
-        codes, scales, zeros = pack_matmul_nbits(q)
-        self.weights[name].CopyFrom(numpy_helper.from_array(codes, name))
-        self.graph.initializer.append(numpy_helper.from_array(scales, f"{name}{SCALE}"))
-        if zeros is not None:
-            self.graph.initializer.append(numpy_helper.from_array(zeros, f"{name}{ZERO_POINT}"))
-        self.has_zeros[name] = zeros is not None
         kind = q.format
         assert kind.codes is not None
+        bits = (len(kind.codes.grid) - 1).bit_length()
+        parts: list[tuple[str, Nibbles]]
+        if bits == 8:
+            (high, low), scales = pack_in_nibbles(q)
+            parts = [("", high), (LOW, low)]
+        else:
+            codes, scales, zeros = pack_matmul_nbits(q)
+            parts = [("", Nibbles(1, codes, zeros))]
+        self.weights[name].CopyFrom(numpy_helper.from_array(parts[0][1].data, name))
+        self.keep(f"{name}{SCALE}", scales)
+        for suffix, part in parts:
+            if suffix:
+                self.keep(f"{name}{suffix}", part.data)
+            if part.zeros is not None:
+                self.keep(f"{name}{suffix}{ZERO_POINT}", part.zeros)
+        self.parts[name] = [(suffix, part.factor, part.zeros is not None) for suffix, part in parts]
         self.settings[name] = {
             "K": q.shape[1],
             "N": q.shape[0],
-            "bits": (len(kind.codes.grid) - 1).bit_length(),
+            "bits": 4,
             "block_size": kind.block_size,
             "accuracy_level": 1,
         }
         return True
+
+    def keep(self, name: str, value: npt.NDArray[Any]) -> None:
+        self.graph.initializer.append(numpy_helper.from_array(value, name))

@@ -13,6 +13,8 @@ Float32 = npt.NDArray[np.float32]
 UInt8 = npt.NDArray[np.uint8]
 
 SCALE, ZERO_POINT = ".scale", ".zero_point"
+LOW = ".low"
+"""The low halves of codes of 8 bits that are multiplied as two of 4."""
 
 
 def quantize_u8(weight: Float32, axis: int, bits: int = 8) -> tuple[UInt8, Float32, UInt8]:
