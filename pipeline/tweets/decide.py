@@ -23,7 +23,7 @@ from pipeline.tweets.calibration import Calibration, calibrate, logit
 from pipeline.tweets.classifiers import CLASSIFIERS, settings_of
 from pipeline.tweets.classifiers.base import FloatArray, Job, Trained, labels
 from pipeline.tweets.data import Tweet, split
-from pipeline.tweets.outliers import MAX_TWEETS, Outliers, features_in, fit_outliers
+from pipeline.tweets.outliers import MAX_TWEETS, Outliers, add_features, fit_outliers
 
 N_COMPARED = 24
 BATCH_SIZE = 64
@@ -57,7 +57,7 @@ class Decider:
         logits = graph.add("Mul", [shifted, graph.constant([[-0.5, 0.5]])])
         others = {}
         if self.outliers:
-            distance = self.outliers.add_to(graph, features_in(graph, log_odds))
+            distance = self.outliers.add_to(graph, add_features(graph))
             others[DISTANCE] = Output(distance, ("texts",))
         made = graph.finish(logits, others)
         _compare(made, self, self.validation[:N_COMPARED])
@@ -90,11 +90,9 @@ def train_decider(
     The same arguments give the same classifier. SlimpiError for unknown names and settings, tweets that cannot be
     split, and a classifier that has no such distance.
     """
-    if outliers and not CLASSIFIERS[name].dense:
-        known = ", ".join(other for other, entry in CLASSIFIERS.items() if entry.dense)
-        raise SlimpiError(
-            f"{name} has no layer of features that `outliers` needs. Leave it out, or take one of {known}."
-        )
+    if outliers and not CLASSIFIERS[name].layered:
+        known = ", ".join(other for other, entry in CLASSIFIERS.items() if entry.layered)
+        raise SlimpiError(f"{name} has no layers of an encoder for `outliers`. Leave it out, or take one of {known}.")
     parts = split(tweets, validation_share, seed)
     train, held = ([tweets[i] for i in part] for part in (parts.train, parts.test))
     job = Job(train, held, source, cache, work, seed, progress)
@@ -107,15 +105,15 @@ def decide(model: Trained, validation: Sequence[Tweet], threshold: str, learned_
     found = None
     if learned_from:
         some = learned_from[:MAX_TWEETS]
-        found = fit_outliers(_features(model, some), labels(some), _features(model, validation))
+        found = fit_outliers(_features(model, some), _features(model, validation))
     return Decider(model, calibrate(model.log_odds(validation), labels(validation), threshold), validation, found)
 
 
 def _features(model: Trained, tweets: Sequence[Tweet]) -> FloatArray:
-    """(n, d) of what the last layer reads, by the graph that is exported."""
+    """(n, d) of the middle layer, by the graph that is exported."""
     graph = Graph(model.spec)
     log_odds = model.add_to(graph)
-    features = Output(features_in(graph, log_odds), ("texts", "features"))
+    features = Output(add_features(graph), ("texts", "features"))
     session = _session(graph.finish(graph.add("Concat", [log_odds, log_odds], axis=1), {"features": features}))
     parts = []
     for start in range(0, len(tweets), BATCH_SIZE):

@@ -77,12 +77,12 @@ class Job:
 @dataclass(frozen=True)
 class Classifier:
     """One entry of CLASSIFIERS. settings: the type of its settings table; needs_source: whether it has an encoder;
-    dense: whether it ends in one layer on features, from which distances between texts can be told."""
+    layered: whether it is one encoder, whose middle layer can tell distances between texts."""
 
     settings: type[Settings]
     train: Callable[[Job, Any], Trained]
     needs_source: bool = True
-    dense: bool = True
+    layered: bool = False
 
 
 def texts(tweets: Sequence[Tweet]) -> list[Text]:

@@ -206,5 +206,5 @@ def _folder(job: Job) -> Path:
     return job.source
 
 
-TRANSFORMER = Classifier(TransformerSettings, train_transformer)
-EMBEDDINGS = Classifier(EmbeddingSettings, train_embedding)
+TRANSFORMER = Classifier(TransformerSettings, train_transformer, layered=True)
+EMBEDDINGS = Classifier(EmbeddingSettings, train_embedding, layered=True)

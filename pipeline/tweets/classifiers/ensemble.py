@@ -127,4 +127,4 @@ def _join(a: WordSpec, b: WordSpec) -> WordSpec:
     )
 
 
-ENSEMBLE = Classifier(EnsembleSettings, train, dense=False)
+ENSEMBLE = Classifier(EnsembleSettings, train)

@@ -132,4 +132,4 @@ def train(job: Job, settings: TfidfSettings) -> TfidfModel:
     return best[1]
 
 
-TFIDF = Classifier(TfidfSettings, train, needs_source=False, dense=False)
+TFIDF = Classifier(TfidfSettings, train, needs_source=False)
