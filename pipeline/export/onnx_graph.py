@@ -109,6 +109,14 @@ class Graph:
         columns = np.array([known.index(name) for name in names], np.int64)
         return self.add("Gather", ["numbers", self.constant(columns)], axis=1)
 
+    def token_mean(self, states: str) -> str:
+        """The mean (n, d) of states (n, tokens, d) over each text's own tokens."""
+        axis = self.constant(np.array([1], np.int64))
+        mask = self.add("Cast", [self.input("attention_mask")], to=TensorProto.FLOAT)
+        column = self.add("Unsqueeze", [mask, self.constant(np.array([2], np.int64))])
+        total = self.add("ReduceSum", [self.add("Mul", [states, column]), axis], keepdims=0)
+        return self.add("Div", [total, self.add("ReduceSum", [mask, axis], keepdims=1)])
+
     # Whole models.
 
     def embed(self, model: onnx.ModelProto, output: str, prefix: str) -> str:

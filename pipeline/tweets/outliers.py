@@ -62,9 +62,4 @@ def add_features(graph: Graph) -> str:
         raise SlimpiError(
             f"`outliers` cannot tell the layers of an encoder with {len(norms)} LayerNorms. Leave it out."
         )
-    states = norms[2 * ((len(norms) - 1) // 4)]
-    axis = graph.constant(np.array([1], np.int64))
-    mask = graph.add("Cast", [graph.input("attention_mask")], to=1)
-    column = graph.add("Unsqueeze", [mask, graph.constant(np.array([2], np.int64))])
-    total = graph.add("ReduceSum", [graph.add("Mul", [states, column]), axis], keepdims=0)
-    return graph.add("Div", [total, graph.add("ReduceSum", [mask, axis], keepdims=1)])
+    return graph.token_mean(norms[2 * ((len(norms) - 1) // 4)])

@@ -170,12 +170,7 @@ class EmbeddingModel:
         states = graph.embed(
             onnx.exported(body.model, "feature-extraction"), "last_hidden_state", f"{graph.prefix}encoder."
         )
-        axis = graph.constant(np.array([1], np.int64))
-        mask = graph.add("Cast", [graph.input("attention_mask")], to=1)
-        column = graph.add("Unsqueeze", [mask, graph.constant(np.array([2], np.int64))])
-        total = graph.add("ReduceSum", [graph.add("Mul", [states, column]), axis], keepdims=0)
-        mean = graph.add("Div", [total, graph.add("ReduceSum", [mask, axis], keepdims=1)])
-        product = graph.add("MatMul", [mean, graph.weight(self.weight[:, None], "out.weight")])
+        product = graph.add("MatMul", [graph.token_mean(states), graph.weight(self.weight[:, None], "out.weight")])
         return graph.add("Add", [product, graph.constant(self.bias)])
 
 
