@@ -106,8 +106,11 @@ class OnnxClassifier:
         if self._reader:
             feeds |= self._reader.feeds_of([text.words for text in batch if text.words], self._word_inputs)
         logits, others = self._session.run_beside(feeds, len(batch), outputs)
-        if not all(np.isfinite(found).all() for found in (logits, *others)):
-            raise SlimpiError("the model gives numbers that are not finite: it is broken. Build the artifact again.")
+        for name, found in zip(("logits", *outputs), (logits, *others), strict=True):
+            if not np.isfinite(found).all():
+                raise SlimpiError(
+                    f"the model gives {name} that are not finite: it is broken. Build the artifact again."
+                )
         return logits, others
 
     def logits_in_batches(self, texts: Sequence[Text], batch_size: int) -> tuple[Logits, float]:
