@@ -134,6 +134,11 @@ def test_those_that_are_no_encoder_are_refused_before_they_train(
         train(name, places)
 
 
+def test_an_unknown_classifier_is_told_as_ever(places: Path) -> None:
+    with pytest.raises(SlimpiError, match="unknown classifier 'svm'"):
+        train_decider("svm", {}, toy_tweets(), None, places / "cache", places / "work", outliers=True)
+
+
 @pytest.mark.parametrize("n_norms", [0, 1, 4])
 def test_layers_that_cannot_be_told_are_refused(n_norms: int) -> None:
     graph = Graph()

@@ -90,13 +90,14 @@ def train_decider(
     The same arguments give the same classifier. SlimpiError for unknown names and settings, tweets that cannot be
     split, and a classifier that has no such distance.
     """
+    settings = settings_of(name, table)
     if outliers and not CLASSIFIERS[name].layered:
         known = ", ".join(other for other, entry in CLASSIFIERS.items() if entry.layered)
         raise SlimpiError(f"{name} has no layers of an encoder for `outliers`. Leave it out, or take one of {known}.")
     parts = split(tweets, validation_share, seed)
     train, held = ([tweets[i] for i in part] for part in (parts.train, parts.test))
     job = Job(train, held, source, cache, work, seed, progress)
-    model = CLASSIFIERS[name].train(job, settings_of(name, table))
+    model = CLASSIFIERS[name].train(job, settings)
     return decide(model, held, threshold, train if outliers else ())
 
 
