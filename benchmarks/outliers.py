@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for spec in options.outside:
         found = _classified(where, folder, spec, options)
         by_distance = auroc([p.distance or 0.0 for p in found], [p.distance or 0.0 for p in inside])
-        by_doubt = auroc(*([1 - max(p.probabilities.values()) for p in side] for side in (found, inside)))
+        by_doubt = auroc(*([doubt(p) for p in side] for side in (found, inside)))
         rows.append((spec, found, f"{by_distance:.3f} | {by_doubt:.3f}"))
     print("| texts | n | median distance | above 1 | AUROC by distance | by confidence |\n|---|---|---|---|---|---|")
     for spec, found, told in rows:
@@ -68,6 +68,11 @@ def _classified(where: Places, folder: Path, spec: str, options: argparse.Namesp
     if any(p.distance is None for p in found):
         raise SlimpiError(f"{options.artifact} tells no distances. Build it from a recipe with `outliers = true`.")
     return found
+
+
+def doubt(said: Prediction) -> float:
+    """The probability that another label is right, as a sum: 1 less the largest is 0 where that rounds to 1."""
+    return sum(sorted(said.probabilities.values())[:-1])
 
 
 def auroc(higher: Sequence[float], lower: Sequence[float]) -> float:

@@ -170,5 +170,12 @@ def test_the_benchmark_compares_texts_of_two_kinds(
     said = capsys.readouterr()
     lines = said.out.splitlines()
     assert [line.split("|")[2].strip() for line in lines[2:4]] == ["30", "20"]
-    assert 0 <= float(lines[3].split("|")[5]) <= 1
+    with OnnxClassifier(tmp_path / "told-True", artifact(tmp_path / "told-True", "onnx"), 1) as model:
+        inside, outside = (
+            [model.judge(Text(text)) for text in texts]
+            for texts in ([t.text for t in toy_tweets(30, seed=4)], ["qqq www", "zzz"] * 10)
+        )
+    by_distance = bench.auroc([d for _, d in outside], [d for _, d in inside])
+    by_doubt = bench.auroc(*([-float(np.ptp(logits)) for logits, _ in side] for side in (outside, inside)))
+    assert [cell.strip() for cell in lines[3].split("|")[5:7]] == [f"{by_distance:.3f}", f"{by_doubt:.3f}"]
     assert "tells no distances" in said.err

@@ -27,7 +27,7 @@ from pipeline.export import onnx_int8, onnx_nbits, onnx_xlnet
 from pipeline.export.onnx_observe import Calibration, Observed
 from pipeline.export.onnx_one_token import keep_one_token
 from pipeline.export.onnx_rewrite import LOW, SCALE, ZERO_POINT, Rewriter
-from pipeline.export.onnx_sizes import dims_of, fix_sizes, symbolic_dims_of
+from pipeline.export.onnx_sizes import dims_of, fix_sizes, rename_inputs, symbolic_dims_of
 from pipeline.export.onnx_static import DIVISOR, KEPT_INDEX, KEPT_ROWS
 from pipeline.progress import Tick, quiet
 
@@ -276,9 +276,7 @@ def name_weights(model: onnx.ModelProto, parameters: dict[str, Any]) -> None:
             name = names.pop(numpy_helper.to_array(tensor).tobytes(), None)
             if name:
                 renamed[tensor.name] = tensor.name = name
-    for node in model.graph.node:
-        for index, name in enumerate(node.input):
-            node.input[index] = renamed.get(name, name)
+    rename_inputs(model.graph, renamed)
 
 
 def _compare(data: bytes, encoder: Encoder, max_tokens: int) -> None:

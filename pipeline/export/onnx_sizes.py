@@ -32,6 +32,7 @@ def fix_sizes(model: onnx.ModelProto, dims: Dims) -> int:
     graph = model.graph
     before, known = len(graph.node), constants_of(graph)
     shapes = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Shape" and not node.attribute}
+    renamed: dict[str, str] = {}
     for node in graph.node:
         out = dims.get(node.output[0], [])
         first = dims.get(node.input[0], []) if node.input else []
@@ -43,9 +44,10 @@ def fix_sizes(model: onnx.ModelProto, dims: Dims) -> int:
             found = _taken(node, dims.get(shapes[node.input[0]], []), known)
             if found is not None:
                 name = f"size.{found}" if isinstance(found, int) else f"sizes.{'x'.join(map(str, found))}"
-                _replace(graph, node.output[0], add_constant(graph, name, found))
+                renamed[node.output[0]] = add_constant(graph, name, found)
         elif node.op_type == "Slice" and _takes_all(node, first, out, known):
-            _replace(graph, node.output[0], node.input[0])
+            renamed[node.output[0]] = renamed.get(node.input[0], node.input[0])
+    rename_inputs(graph, renamed)
     drop_unread(graph)
     return before - len(graph.node)
 
@@ -127,6 +129,13 @@ def add_constant(graph: onnx.GraphProto, name: str, value: int | list[int]) -> s
     return name
 
 
+def rename_inputs(graph: onnx.GraphProto, renamed: Mapping[str, str]) -> None:
+    """Let all nodes read new names for the old ones."""
+    for node in graph.node:
+        for place, name in enumerate(node.input):
+            node.input[place] = renamed.get(name, name)
+
+
 def drop_unread(graph: onnx.GraphProto) -> None:
     """Remove nodes and initializers that lead to no output."""
     read = {value.name for value in graph.output}
@@ -165,10 +174,3 @@ def _takes_all(
     steps = known.get(node.input[4]) if len(node.input) > 4 else np.ones(1)
     forward = steps is not None and bool((steps == 1).all())
     return forward and len(before) > 0 and list(before) == list(after) and None not in before
-
-
-def _replace(graph: onnx.GraphProto, old: str, new: str) -> None:
-    for node in graph.node:
-        for place, name in enumerate(node.input):
-            if name == old:
-                node.input[place] = new

@@ -106,7 +106,8 @@ def decide(model: Trained, validation: Sequence[Tweet], threshold: str, learned_
     found = None
     if learned_from:
         some = learned_from[:MAX_TWEETS]
-        found = fit_outliers(_features(model, some), _features(model, validation))
+        features = _features(model, [*some, *validation])
+        found = fit_outliers(features[: len(some)], features[len(some) :])
     return Decider(model, calibrate(model.log_odds(validation), labels(validation), threshold), validation, found)
 
 
