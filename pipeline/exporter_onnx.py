@@ -5,7 +5,7 @@ Variants are named as pipeline/export/onnx.py says; encoders may be pruned first
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -15,12 +15,13 @@ from pipeline import pruning_onnx, sources
 from pipeline.encoders import load_encoder, save_encoder
 from pipeline.export import onnx, onnx_observe
 from pipeline.exporter import Context, Exporter, Made, Prepared
+from pipeline.progress import Tick
 from pipeline.recipes import Train
 from pipeline.store import digest, stage
 from pipeline.tweets import data, head
 from pipeline.tweets.calibration import Calibration
 from pipeline.tweets.classifiers import settings_of, vector_files, with_max_tokens
-from pipeline.tweets.classifiers.encoder import EncoderModel
+from pipeline.tweets.classifiers.encoder import EncoderModel, train_again
 from pipeline.tweets.data import Tweet
 from pipeline.tweets.decide import decide, train_decider
 
@@ -141,7 +142,8 @@ def _make_onnx(context: Context, prepared: Prepared, variant: str, folder: Path)
     passages = _passages(context, prepared) if pruning or onnx.needs_calibration(plain) else None
     if pruning and passages:
         export = _pruned_export(context)
-        prepared, step, notes = pruning_onnx.pruned_base(context, prepared, pruning, passages, export)
+        train = _training(context, recipe.train) if (recipe := context.recipe).train else None
+        prepared, step, notes = pruning_onnx.pruned_base(context, prepared, pruning, passages, export, train)
         lineage.append(step)
     if onnx.needs_calibration(plain) and passages:
         calibration = passages[0]
@@ -177,11 +179,26 @@ def _pruned_export(context: Context) -> pruning_onnx.Export:
     return export
 
 
-def _decided(context: Context, train: Train, encoder: Path, folder: Path) -> str:
-    recipe = context.recipe
+def _parts(context: Context, train: Train) -> tuple[list[Tweet], list[Tweet]]:
+    """The rows that the classifier learned from, and those that were held out, as `train_decider` splits them."""
     tweets = _tweets(sources.dataset(train.rows, context.places.sources), train)
     parts = data.split(tweets, train.validation_share, train.seed)
-    learned_from, held = ([tweets[i] for i in part] for part in (parts.train, parts.test))
+    return [tweets[i] for i in parts.train], [tweets[i] for i in parts.test]
+
+
+def _training(context: Context, train: Train) -> Callable[[Tick], pruning_onnx.TrainOn]:
+    """How a pruned encoder is trained on: [train] again, on the same rows, all of its components."""
+
+    def ready(tick: Tick) -> pruning_onnx.TrainOn:
+        table = with_max_tokens(train.classifier, train.settings, context.recipe.max_tokens)
+        return lambda encoder: train_again(encoder, *_parts(context, train), table, train.seed, tick)
+
+    return ready
+
+
+def _decided(context: Context, train: Train, encoder: Path, folder: Path) -> str:
+    recipe = context.recipe
+    learned_from, held = _parts(context, train)
     model = EncoderModel(load_encoder(encoder, recipe.labels, recipe.max_tokens), recipe.max_tokens)
     decider = decide(model, held, train.threshold, learned_from if train.outliers else ())
     decider.export(folder)

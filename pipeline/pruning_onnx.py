@@ -1,6 +1,6 @@
 """The pruned base of an ONNX variant: PRUNER-PERCENT- or PRUNER+REPAIR-PERCENT- before the name of any other.
 
-    LAYERS-33-FP32    HEADS-25-INT8-dynamic    CHANNELS+REPAIR-25-INT8-smooth
+    LAYERS-33-FP32    HEADS-25-INT8-dynamic    CHANNELS+REPAIR-25-INT8-smooth    LAYERS+TRAIN-50-INT8-dynamic
 
 PERCENT is the share of what the pruner removes, in the encoder's own layers: of the layers, of the attention heads in
 every layer, or of the MLP channels in every layer (to the nearest multiple of 32 that stays). Embeddings and head stay.
@@ -20,8 +20,18 @@ from pipeline.encoders import load_encoder, save_encoder
 from pipeline.export import onnx
 from pipeline.export.onnx_observe import Calibration
 from pipeline.exporter import Context, Prepared
+from pipeline.progress import Tick
 from pipeline.prune import PRUNERS, PruneSpec, parse_prune
-from pipeline.prune.encoder import ENCODER_PRUNERS, ENCODER_REPAIRS, Pruning, n_kept, prune_encoder, told
+from pipeline.prune.encoder import (
+    ENCODER_PRUNERS,
+    ENCODER_REPAIRS,
+    TRAIN,
+    Pruning,
+    TrainOn,
+    n_kept,
+    prune_encoder,
+    told,
+)
 from pipeline.store import stage
 
 ENCODER = "encoder"
@@ -47,7 +57,9 @@ def parse_variant(name: str) -> tuple[PruneSpec | None, str]:
         except SlimpiError as error:
             raise SlimpiError(f"{error} {help_text()}") from error
         return None, name
-    spec = parse_prune(method, percent, tuple(ENCODER_PRUNERS), ENCODER_REPAIRS, f"the {pruner.lower()}", auto=False)
+    spec = parse_prune(
+        method, percent, tuple(ENCODER_PRUNERS), tuple(ENCODER_REPAIRS), f"the {pruner.lower()}", auto=False
+    )
     if not rest:
         raise SlimpiError(f"{name!r} says how to prune, not what to write. Name it after that: {name}-INT8-dynamic.")
     if rest.partition("-")[0].partition("+")[0].lower() in ENCODER_PRUNERS:
@@ -85,16 +97,25 @@ def check_prunable(context: Context) -> None:
         )
     sizes = encoder_parts.sizes_in(context.source.path)
     for spec in specs:
+        if spec.repair == TRAIN and train is None:
+            raise SlimpiError(
+                f"{spec.name}: the recipe has no [train] rows to train on. Take +REPAIR, which reads no labels."
+            )
         n_kept(spec, sizes)
 
 
 def pruned_base(
-    context: Context, prepared: Prepared, spec: PruneSpec, passages: tuple[Calibration, Step], export: Export
+    context: Context,
+    prepared: Prepared,
+    spec: PruneSpec,
+    passages: tuple[Calibration, Step],
+    export: Export,
+    train: Callable[[Tick], TrainOn] | None = None,
 ) -> tuple[Prepared, Step, list[str]]:
     """The base that the rest of the variant is made from, the lineage's step and notes. The stage keeps the pruned
     Hugging Face folder as `encoder/` beside model.onnx.
 
-    passages: the calibration text and its step, of which [prune] passages are used.
+    passages: the calibration text and its step, of which [prune] passages are used. train: for +TRAIN.
     """
     recipe = context.recipe
     assert prepared.encoder is not None
@@ -107,7 +128,8 @@ def pruned_base(
     def make(folder: Path) -> None:
         with context.progress.step(f"prune {spec.name}") as tick:
             encoder = load_encoder(source, recipe.labels, recipe.max_tokens)
-            made, facts = prune_encoder(Pruning(encoder, text, quantize.compute_device(), tick), spec)
+            subject = Pruning(encoder, text, quantize.compute_device(), tick, train(tick) if train else None)
+            made, facts = prune_encoder(subject, spec)
             save_encoder(made, folder / ENCODER)
         with context.progress.step(f"export {spec.name} to ONNX FP32"):
             note = export(folder / ENCODER, folder)

@@ -41,6 +41,8 @@ from pipeline.prune.encoder_passes import divergence, log_p
 from pipeline.pruning_onnx import parse_variant
 from pipeline.recipes import Recipe
 from pipeline.store import Places, load_artifact
+from pipeline.tweets import data
+from pipeline.tweets.transformer import cross_entropy
 
 LABELS = ["quiet", "alarm", "noise"]
 PERCENT = {"layers": 25, "heads": 50, "channels": 30}  # 30 % of 128 channels: 96 stay
@@ -246,6 +248,43 @@ def test_a_trained_transformer_is_pruned_and_calibrated_again(tmp_path: Path) ->
     assert all(result.status == "ok" for result in report.results)
 
 
+def test_training_on_after_pruning_mends_what_pruning_lost(tmp_path: Path) -> None:
+    """By the labels of rows that were held out; the rows are those of the first training, the tokenizer stays."""
+    places = Places(tmp_path / "home")
+    variants = ["FP32", "LAYERS-50-FP32", "LAYERS+TRAIN-50-FP32"]
+    made = test_train_recipe.recipe(tmp_path, "transformer", variants)
+    made = msgspec.structs.replace(made, calibration=recipe(tmp_path, ["FP32"]).calibration)
+    whole, cut, trained = build(made, places, Progressor(plain=True))
+    assert (trained / "tokenizer.json").read_bytes() == (whole / "tokenizer.json").read_bytes()
+    step = next(step for step in load_artifact(trained).lineage if step.action == "prune")
+    before = next(step for step in load_artifact(cut).lineage if step.action == "prune").settings
+    assert step.settings["kl_divergence_unrepaired"] == before["kl_divergence"]
+    assert step.settings["layers"] == before["layers"]
+    losses = step.settings["validation_losses"]
+    assert losses[step.settings["best_evaluation"]] == min(losses)
+    assert any("before it was trained on" in note for note in load_artifact(trained).notes)
+    assert held_loss(cut, made) > 2 * held_loss(trained, made)
+
+
+def held_loss(folder: Path, made: Recipe) -> float:
+    """Cross-entropy of the artifact's own graph on the rows that its training held out, nats."""
+    assert made.train is not None
+    tweets = data.read_tweets(Path(made.train.rows.removeprefix("path:")))
+    held = [tweets[i] for i in data.split(tweets, made.train.validation_share, made.train.seed).test]
+    reader = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    text = Calibration("held", reader.encode_batch([t.text for t in held]))
+    logits = logits_of((folder / "model.onnx").read_bytes(), text)
+    return cross_entropy(logits, [int(held[i].target or 0) for i in in_batches(text)])
+
+
+def test_training_on_needs_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_deeper("bert", tmp_path / "hf", monkeypatch, 2)
+    places = Places(tmp_path / "home")
+    with pytest.raises(SlimpiError, match=r"LAYERS\+TRAIN-50: the recipe has no \[train\] rows"):
+        build(recipe(tmp_path, ["FP32", "LAYERS+TRAIN-50-FP32"]), places, Progressor(plain=True))
+    assert not list(places.artifacts.glob("tiny*"))
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [
@@ -257,7 +296,7 @@ def test_a_trained_transformer_is_pruned_and_calibrated_again(tmp_path: Path) ->
         ("DEPTH-33-FP32", "unknown pruner 'DEPTH'.*among LAYERS, HEADS, CHANNELS"),
         ("WIDTHS-25-FP32", "unknown pruner 'WIDTHS'"),
         ("layers-33-FP32", "unknown pruner 'layers'"),
-        ("LAYERS+BIAS-33-FP32", "unknown repair 'BIAS' after LAYERS. Known: REPAIR"),
+        ("LAYERS+BIAS-33-FP32", "unknown repair 'BIAS' after LAYERS. Known: REPAIR, TRAIN"),
         ("INT2", "unknown ONNX variant 'INT2'.*Encoders are pruned by PRUNER-PERCENT-"),
     ],
 )

@@ -36,14 +36,20 @@ class EncoderCut:
     channels: tuple[tuple[int, ...], ...]
 
 
+TrainOn = Callable[[Encoder], tuple[Encoder, dict[str, Any]]]
+"""Trains a classifier on as it was trained before; it, and what a manifest says of that."""
+
+
 @dataclass(frozen=True)
 class Pruning:
-    """A whole encoder (on `device`, not changed), and the passages by which it is pruned and repaired."""
+    """A whole encoder (on `device`, not changed), and the passages by which it is pruned and repaired. train: for the
+    repair that trains, None where there is nothing to train on."""
 
     encoder: Encoder
     passages: Calibration
     device: torch.device
     tick: Tick = quiet
+    train: TrainOn | None = None
 
     @property
     def sizes(self) -> EncoderSizes:
@@ -112,7 +118,27 @@ def channels(subject: Pruning, kept: int) -> EncoderCut:
 ENCODER_PRUNERS: Mapping[str, Callable[[Pruning, int], EncoderCut]] = MappingProxyType(
     {"layers": layers, "heads": heads, "channels": channels}
 )
-ENCODER_REPAIRS = ("", "repair")
+TRAIN = "train"
+
+
+def refit(subject: Pruning, cut: EncoderCut, made: Any) -> tuple[Any, dict[str, Any]]:
+    """Least squares, see `encoder_repair`; no labels."""
+    return made, {
+        "refit": encoder_repair.least_squares(subject.encoder.model, made, cut.layers, subject.passages, subject.tick)
+    }
+
+
+def train_on(subject: Pruning, cut: EncoderCut, made: Any) -> tuple[Any, dict[str, Any]]:
+    """The labelled rows that the whole classifier was trained on, once more."""
+    if subject.train is None:
+        raise ValueError("nothing to train on")  # check_prunable refuses it
+    trained, facts = subject.train(Encoder(made, subject.encoder.tokenizer, ()))
+    return trained.model.to(subject.device), facts
+
+
+ENCODER_REPAIRS: Mapping[str, Callable[[Pruning, EncoderCut, Any], tuple[Any, dict[str, Any]]]] = MappingProxyType(
+    {"repair": refit, TRAIN: train_on}
+)
 
 
 def column_scores(subject: Pruning, path: str) -> list[torch.Tensor]:
@@ -192,7 +218,8 @@ def prune_encoder(subject: Pruning, spec: PruneSpec) -> tuple[Encoder, dict[str,
     if spec.repair:
         begin_s = time.monotonic()
         facts["kl_divergence_unrepaired"] = float(f"{lost:.4g}")
-        facts["refit"] = encoder_repair.least_squares(model, made, cut.layers, subject.passages, subject.tick)
+        made, how = ENCODER_REPAIRS[spec.repair](subject, cut, made)
+        facts |= how
         facts["repair_s"] = round(time.monotonic() - begin_s, 1)
         lost = divergence(reference, log_p(made, subject.passages))
     facts["kl_divergence"] = float(f"{lost:.4g}")
@@ -227,7 +254,8 @@ def told(facts: Mapping[str, Any]) -> str:
     left = len(facts["layers"]) if pruner == "layers" else _first(facts[pruner])
     rounded = f" (a multiple of {CHANNEL_MULTIPLE})" if pruner == "channels" else ""
     each = "" if pruner == "layers" else " in every layer"
-    repaired = f", {facts['kl_divergence_unrepaired']:.3g} before its repair" if facts["repair"] else ""
+    before_it = "it was trained on" if facts["repair"] == TRAIN else "its repair"
+    repaired = f", {facts['kl_divergence_unrepaired']:.3g} before {before_it}" if facts["repair"] else ""
     name = PruneSpec(pruner, facts["repair"], facts["percent"]).name
     return (
         f"{name}, {facts['percent']:g} % of the {pruner} asked: {left} of {before} {pruner}{each} stay{rounded}, "

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -30,6 +31,7 @@ from pipeline.tweets.transformer import (
     encoder_logits,
     fine_tune,
     tidy_tokenizer,
+    tune_encoder,
 )
 
 LABELS = ["not a disaster", "disaster"]
@@ -92,6 +94,19 @@ def _tune(job: Job, settings: TransformerSettings, tweets: Sequence[Tweet], prog
     return fine_tune(
         _folder(job), rows, validation, LABELS, settings.max_tokens, settings, job.seed + settings.seed, progress
     )
+
+
+def train_again(
+    encoder: Encoder, tweets: Sequence[Tweet], validation: Sequence[Tweet], table: dict[str, Any], seed: int, tick: Tick
+) -> tuple[Encoder, dict[str, Any]]:
+    """Train on, in place, a trained encoder that has lost parts since: all that is left of it learns, by the settings
+    of `table`. The tokenizer stays as it is. The encoder, and its validation losses."""
+    settings = msgspec.convert(table, TransformerSettings)
+    settings = msgspec.structs.replace(settings, trained="all", tidy=False)
+    rows, held = (([t.text for t in part], labels(part).tolist()) for part in (tweets, validation))
+    fit = tune_encoder(encoder, rows, held, settings.max_tokens, settings, seed + settings.seed, tick)
+    facts = {"validation_losses": [round(x, 4) for x in fit.validation_losses], "best_evaluation": fit.best_evaluation}
+    return fit.encoder, facts
 
 
 def find_components(job: Job, settings: TransformerSettings) -> Evolved:
