@@ -46,6 +46,8 @@ VARIANTS = (
     PLAIN,
     *(f"{pruner}{repair}-{percent}-{WHOLE}" for percent in PERCENTS for pruner in PRUNERS for repair in REPAIRS),
     *(f"{pruner}+REPAIR-{percent}-{PLAIN}" for percent in PERCENTS for pruner in PRUNERS),
+    *(f"{pruner}+TRAIN-{percent}-{WHOLE}" for percent in (33, 50) for pruner in PRUNERS),
+    *(f"LAYERS+TRAIN-{percent}-{PLAIN}" for percent in (33, 50)),
 )
 
 

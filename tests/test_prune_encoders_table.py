@@ -23,10 +23,11 @@ def row(variant: str, correct: str, seed: int = 0) -> EncoderRow:
 
 def test_every_variant_can_be_asked_for() -> None:
     specs = [parse_variant(name)[0] for name in prune_encoders.VARIANTS]
-    assert len(set(prune_encoders.VARIANTS)) == len(specs) == 2 + 12 + 6
-    assert {(spec.pruner, spec.percent) for spec in specs if spec} == {
-        (pruner.lower(), percent) for pruner in prune_encoders.PRUNERS for percent in prune_encoders.PERCENTS
-    }
+    assert len(set(prune_encoders.VARIANTS)) == len(specs)
+    for repair, percents in (("", (17, 33)), ("repair", (17, 33)), ("train", (33, 50))):
+        assert {(spec.pruner, spec.percent) for spec in specs if spec and spec.repair == repair} == {
+            (pruner.lower(), percent) for pruner in prune_encoders.PRUNERS for percent in percents
+        }
 
 
 def test_losses_are_paired_within_a_seed() -> None:
