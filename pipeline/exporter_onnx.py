@@ -20,7 +20,7 @@ from pipeline.recipes import Train
 from pipeline.store import digest, stage
 from pipeline.tweets import data, head
 from pipeline.tweets.calibration import Calibration
-from pipeline.tweets.classifiers import settings_of, vector_files, with_max_tokens
+from pipeline.tweets.classifiers import on_this_machine, vector_files, with_max_tokens
 from pipeline.tweets.classifiers.encoder import EncoderModel, train_again
 from pipeline.tweets.data import Tweet
 from pipeline.tweets.decide import decide, train_decider
@@ -86,7 +86,7 @@ def _trained_classifier(context: Context, train: Train) -> Prepared:
     recipe, places = context.recipe, context.places
     rows = sources.dataset(train.rows, places.sources)
     settings = with_max_tokens(train.classifier, train.settings, recipe.max_tokens)
-    settings_of(train.classifier, settings)  # a bad table is told before anything is read
+    known_by = on_this_machine(train.classifier, settings)  # and a bad table is told before anything is read
     tweets = _tweets(rows, train)
 
     def make(folder: Path) -> None:
@@ -111,13 +111,13 @@ def _trained_classifier(context: Context, train: Train) -> Prepared:
                 save_encoder(decider.model.encoder, folder / pruning_onnx.ENCODER)
 
     vectors = [sources.hash_path(path) for path in vector_files(settings)]
-    key = ["train", context.source.sha256, sha256_file(rows), train, settings, vectors]
+    key = ["train", context.source.sha256, sha256_file(rows), train, known_by, vectors]
     base = stage(places.stages, f"{recipe.name}-base", key, make, context.progress.say)
     fitted = read_record(base / "calibration.json", Calibration)
     step = Step(
         action=f"train {train.classifier}",
         source=train.rows,
-        settings={"key": digest(key)[:16], "seed": train.seed, **msgspec.structs.asdict(fitted)},
+        settings={"key": digest(key)[:16], "seed": train.seed, **msgspec.structs.asdict(fitted), "settings": known_by},
     )
     notes = [f"{train.classifier} trained on {train.rows}, {fitted}"]
     encoder = base / pruning_onnx.ENCODER

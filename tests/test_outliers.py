@@ -11,19 +11,21 @@ import outliers as bench
 import pytest
 import torch
 from jobs import artifact
+from tiny_encoders import MAX_TOKENS, TINY
 from toy_tweets import ODD, save_toy_encoder, toy_settings, toy_tweets, write_vectors
 
 from device import classify as device_classify
 from device.classifier import OnnxClassifier
 from device.schema import DISTANCE, SlimpiError, encode_line
 from device.words import Text
-from pipeline.encoders import encode_batch
+from pipeline.encoders import encode_batch, load_encoder
 from pipeline.export.onnx import describe_onnx, make_variant, one_thread
 from pipeline.export.onnx_graph import Graph
 from pipeline.store import write_manifest
 from pipeline.tweets.classifiers import CLASSIFIERS
+from pipeline.tweets.classifiers.encoder import LABELS
 from pipeline.tweets.decide import Decider, feeds_of, train_decider
-from pipeline.tweets.outliers import QUANTILE, add_features, fit_outliers
+from pipeline.tweets.outliers import QUANTILE, add_features, check_layers, fit_outliers
 
 TOLD = [name for name, entry in CLASSIFIERS.items() if entry.layered]
 
@@ -132,6 +134,22 @@ def test_those_that_are_no_encoder_are_refused_before_they_train(
     monkeypatch.setitem(CLASSIFIERS, name, replace(CLASSIFIERS[name], train=None))
     with pytest.raises(SlimpiError, match=f"{name} has no layers of an encoder.*embeddings, transformer"):
         train(name, places)
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_an_encoder_without_such_layers_is_refused_before_it_trains(
+    name: str, places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_toy_encoder("xlnet", tmp_path)
+    monkeypatch.setitem(CLASSIFIERS, name, replace(CLASSIFIERS[name], train=None))
+    with pytest.raises(SlimpiError, match="cannot tell the layers of an encoder with 4 LayerNorms"):
+        train_decider(name, {}, toy_tweets(), tmp_path, places / "cache", places / "work", outliers=True)
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_every_prunable_family_has_such_layers(family: str, tmp_path: Path) -> None:
+    save_toy_encoder(family, tmp_path)
+    check_layers(load_encoder(tmp_path, LABELS, MAX_TOKENS))
 
 
 def test_an_unknown_classifier_is_told_as_ever(places: Path) -> None:

@@ -21,6 +21,7 @@ from pipeline.encoders import load_encoder
 from pipeline.export.onnx import bare_tokenizer, export_encoder
 from pipeline.tweets import transformer
 from pipeline.tweets.batches import length_batches
+from pipeline.tweets.classifiers import on_this_machine
 from pipeline.tweets.transformer import (
     FineTuned,
     FineTuning,
@@ -119,6 +120,13 @@ def test_auto_goes_by_what_the_processor_multiplies(
     transformer._multiplies_bf16.cache_clear()
     assert FineTuning().products == products
     assert (FineTuning(precision="fp32").products, FineTuning(precision="bf16").products) == ("fp32", "bf16")
+    table = {"epochs": 2}
+    known_by = {"epochs": 2, "precision": products}
+    assert on_this_machine("transformer", table) == known_by
+    members = [{"classifier": "transformer", "settings": table}, {"classifier": "mlp", "settings": {"vectors": ["x"]}}]
+    found = on_this_machine("ensemble", {"members": members})["members"]
+    assert found[0]["settings"] == known_by
+    assert "precision" not in found[1]["settings"]
     transformer._multiplies_bf16.cache_clear()
 
 

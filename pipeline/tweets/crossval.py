@@ -23,11 +23,10 @@ from pipeline.progress import Tick, quiet
 from pipeline.sources import hash_path
 from pipeline.store import digest
 from pipeline.tweets.calibration import Calibration, calibrate, fit_temperature
-from pipeline.tweets.classifiers import CLASSIFIERS, settings_of, vector_files
+from pipeline.tweets.classifiers import CLASSIFIERS, on_this_machine, settings_of, vector_files
 from pipeline.tweets.classifiers.base import FloatArray, IntArray, Job, labels
 from pipeline.tweets.classifiers.ensemble import EnsembleSettings, mean_log_odds
 from pipeline.tweets.data import Split, Tweet, folds, split
-from pipeline.tweets.transformer import FineTuning
 
 VALIDATION_SHARE = 0.1
 VERSION = 2
@@ -96,10 +95,7 @@ def kept_at(setup: Setup, name: str, table: dict[str, Any], seed: int, fold: int
     """Where one fold's predictions are kept: by what was trained, how and on what, so that a change trains anew."""
     rows = digest([[t.id, t.text, t.keyword, t.target] for t in setup.tweets])
     source = _source(setup, name)
-    chosen = settings_of(name, table)
-    settings = msgspec.to_builtins(chosen)
-    if isinstance(chosen, FineTuning):
-        settings["precision"] = chosen.products  # another machine's may be another
+    settings = on_this_machine(name, table)
     weights = [_hash(path) for path in (*([source] if source else []), *vector_files(table))]
     key = [VERSION, name, settings, rows, setup.n_folds, setup.grouped, seed, fold, weights]
     return setup.folder / f"{name}-seed{seed}-fold{fold}-{digest(key)[:16]}.npz"

@@ -17,13 +17,15 @@ import numpy.typing as npt
 
 from device.schema import DISTANCE, WORDS, SlimpiError, encode, write_atomic
 from device.words import INPUTS, Text, WordReader, WordSpec
+from pipeline.encoders import load_encoder
 from pipeline.export.onnx_graph import Graph, Output
 from pipeline.progress import Tick, quiet
 from pipeline.tweets.calibration import Calibration, calibrate, logit
 from pipeline.tweets.classifiers import CLASSIFIERS, settings_of
 from pipeline.tweets.classifiers.base import FloatArray, Job, Trained, labels
+from pipeline.tweets.classifiers.encoder import LABELS
 from pipeline.tweets.data import Tweet, split
-from pipeline.tweets.outliers import MAX_TWEETS, Outliers, add_features, fit_outliers
+from pipeline.tweets.outliers import MAX_TWEETS, Outliers, add_features, check_layers, fit_outliers
 
 N_COMPARED = 24
 BATCH_SIZE = 64
@@ -94,6 +96,8 @@ def train_decider(
     if outliers and not CLASSIFIERS[name].layered:
         known = ", ".join(other for other, entry in CLASSIFIERS.items() if entry.layered)
         raise SlimpiError(f"{name} has no layers of an encoder for `outliers`. Leave it out, or take one of {known}.")
+    if outliers and source:
+        check_layers(load_encoder(source, LABELS, 3))
     parts = split(tweets, validation_share, seed)
     train, held = ([tweets[i] for i in part] for part in (parts.train, parts.test))
     job = Job(train, held, source, cache, work, seed, progress)

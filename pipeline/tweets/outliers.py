@@ -12,8 +12,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from device.schema import SlimpiError
+from pipeline.encoders import Encoder
 from pipeline.export.onnx_graph import Graph
 from pipeline.tweets.classifiers.base import FloatArray
 
@@ -52,14 +54,21 @@ def fit_outliers(features: FloatArray, held: FloatArray) -> Outliers:
     return Outliers(raw.mean, raw.root, float(np.quantile(raw.distances(held), QUANTILE)))
 
 
+def check_layers(encoder: Encoder) -> None:
+    """SlimpiError, before anything is trained, for an encoder whose layers `add_features` will not tell."""
+    _middle(sum(isinstance(module, torch.nn.LayerNorm) for module in encoder.model.base_model.modules()))
+
+
 def add_features(graph: Graph) -> str:
     """The mean over a text's tokens of the states behind the middle layer of the graph's encoder: (n, d).
 
     Layers are told by their LayerNorms: one behind the embeddings, two in each. SlimpiError if there are others.
     """
     norms = [node.output[0] for node in graph.nodes if node.op_type == "LayerNormalization"]
-    if len(norms) < 3 or len(norms) % 2 == 0:
-        raise SlimpiError(
-            f"`outliers` cannot tell the layers of an encoder with {len(norms)} LayerNorms. Leave it out."
-        )
-    return graph.token_mean(norms[2 * ((len(norms) - 1) // 4)])
+    return graph.token_mean(norms[_middle(len(norms))])
+
+
+def _middle(n_norms: int) -> int:
+    if n_norms < 3 or n_norms % 2 == 0:
+        raise SlimpiError(f"`outliers` cannot tell the layers of an encoder with {n_norms} LayerNorms. Leave it out.")
+    return 2 * ((n_norms - 1) // 4)

@@ -10,13 +10,14 @@ import msgspec
 from device.schema import SlimpiError
 from pipeline.tweets.classifiers.base import Classifier
 from pipeline.tweets.classifiers.encoder import EMBEDDINGS, TRANSFORMER
-from pipeline.tweets.classifiers.ensemble import ENSEMBLE
+from pipeline.tweets.classifiers.ensemble import ENSEMBLE, EnsembleSettings
 from pipeline.tweets.classifiers.lstm import LSTM
 from pipeline.tweets.classifiers.mlp import MLP
 from pipeline.tweets.classifiers.multi_input import MULTI_INPUT
 from pipeline.tweets.classifiers.tfidf import TFIDF
 from pipeline.tweets.embeddings import NAMED
 from pipeline.tweets.settings import Settings
+from pipeline.tweets.transformer import FineTuning
 
 CLASSIFIERS: dict[str, Classifier] = {
     "lstm": LSTM,
@@ -37,6 +38,18 @@ def settings_of(name: str, table: dict[str, Any]) -> Settings:
         return msgspec.convert(table, CLASSIFIERS[name].settings)
     except msgspec.ValidationError as error:
         raise SlimpiError(f"settings of classifier {name}: {error}. See docs/classifiers.md.") from error
+
+
+def on_this_machine(name: str, table: dict[str, Any]) -> dict[str, Any]:
+    """The settings with what "auto" is here, members' included: what a training is known by."""
+    settings = settings_of(name, table)
+    found: dict[str, Any] = msgspec.to_builtins(settings)
+    if isinstance(settings, FineTuning):
+        found["precision"] = settings.products
+    if isinstance(settings, EnsembleSettings):
+        for member, told in zip(settings.members, found["members"], strict=True):
+            told["settings"] = on_this_machine(member.classifier, member.settings)
+    return found
 
 
 def with_max_tokens(name: str, table: dict[str, Any], max_tokens: int) -> dict[str, Any]:
