@@ -66,6 +66,15 @@ def test_logits_are_those_of_the_mean_by_hand(family: str, tmp_path: Path) -> No
     assert np.abs(found - first).max() > 1e-2
 
 
+@pytest.mark.parametrize("family", TINY)
+def test_models_that_answer_with_tuples_read_the_mean_too(family: str, tmp_path: Path) -> None:
+    encoder = pooled(family, tmp_path)
+    batch = encode_batch(encoder, TEXTS, MAX_TOKENS)
+    with torch.no_grad():
+        named, bare = encoder.model(**batch).logits, encoder.model(**batch, return_dict=False)[0]
+    assert torch.equal(named, bare)
+
+
 def _saved(family: str, folder: Path) -> Path:
     save_encoder(family, folder)
     return folder
