@@ -21,7 +21,7 @@ from device.words import WordSpec, read_spec
 from pipeline.export.onnx import describe_onnx, make_variant, one_thread
 from pipeline.export.onnx_graph import Graph
 from pipeline.progress import quiet
-from pipeline.tweets.classifiers import CLASSIFIERS, settings_of, with_max_tokens
+from pipeline.tweets.classifiers import CLASSIFIERS, settings_of, with_max_tokens, word_nets
 from pipeline.tweets.classifiers.base import Classifier, Job, WordSettings, vocabulary
 from pipeline.tweets.classifiers.ensemble import combine
 from pipeline.tweets.classifiers.lstm import LstmNet, LstmSettings
@@ -236,6 +236,27 @@ def test_word_dropout_leaves_words_out_of_the_mean_in_training_only() -> None:
     assert not drawn[:, 2].any()  # an empty text
 
 
+def test_averaged_weights_are_the_running_mean_of_those_after_each_batch(
+    places: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, torch.Tensor]] = []
+    step = word_nets._step
+
+    def watched(net: Any, *rest: Any) -> None:
+        step(net, *rest)
+        seen.append({name: p.detach().clone() for name, p in net.named_parameters()})
+
+    monkeypatch.setattr(word_nets, "_step", watched)
+    net = fit("mlp", places, epochs=1, averaging=0.75, train_vectors=True).model.net
+    assert len(seen) > 1
+    for name, found in net.named_parameters():
+        mean = seen[0][name].double()
+        for after in seen[1:]:
+            mean = 0.75 * mean + 0.25 * after[name].double()
+        torch.testing.assert_close(found.double(), mean, atol=1e-6, rtol=1e-5)
+        assert not torch.equal(found, seen[-1][name])
+
+
 def test_tfidf_equals_scikit_learn(places: Path) -> None:
     from sklearn.feature_extraction.text import TfidfVectorizer
 
@@ -297,6 +318,7 @@ def test_members_that_read_texts_differently_are_refused(places: Path) -> None:
     [
         ("svm", {}, "unknown classifier 'svm'. Known: lstm"),
         ("lstm", {"hiden": [8, 8]}, "settings of classifier lstm: .*hiden"),
+        ("mlp", {"averaging": 1.0}, "settings of classifier mlp: averaging is 1.0; give 0 or a share below 1"),
         ("lstm", {"epochs": "many"}, "settings of classifier lstm: Expected `int`"),
         ("ensemble", {"members": [{"classifier": "tfidf"}]}, "two `members` at least"),
         ("ensemble", {"members": [{"classifier": "tfidf", "weight": 0}, {"classifier": "mlp"}]}, "greater than 0"),

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from device.schema import SlimpiError
 from device.words import ReadText, WordReader, WordSpec
@@ -31,7 +32,9 @@ class NetSettings(WordSettings, frozen=True, kw_only=True):
     vectors: sources of pipeline.tweets.embeddings, or "word2vec-tweets"; several stand side by side. extra_words: how
     many words of the first source, in its order, the vocabulary takes beyond those of the tweets: words that were never
     trained on still have vectors. unknown: what words without a vector get, "random" rows of the vectors' spread or
-    "zero". train_vectors: let the vectors learn too. l2: penalty on the dense layer's weights.
+    "zero". train_vectors: let the vectors learn too. l2: penalty on the dense layer's weights. averaging: what is
+    validated and kept is the running mean of the weights that keeps this share of itself at a batch, 0 = the weights
+    themselves (Polyak and Juditsky 1992; the exponential form).
     """
 
     vectors: tuple[str, ...] = ("glove-6b-50d",)
@@ -44,6 +47,12 @@ class NetSettings(WordSettings, frozen=True, kw_only=True):
     batch_size: int = 64
     epochs: int = 12
     patience: int = 3
+    averaging: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.averaging < 1:
+            raise ValueError(f"averaging is {self.averaging}; give 0 or a share below 1, such as 0.99")
 
 
 class WordNet(torch.nn.Module):
@@ -128,7 +137,9 @@ def train_net(net: WordNet, spec: WordSpec, job: Job, settings: NetSettings) -> 
     optimizer = torch.optim.Adam(
         [p for p in net.parameters() if p.requires_grad], lr=settings.learning_rate, fused=True
     )
-    best, best_loss, since = copy.deepcopy(net.state_dict()), math.inf, 0
+    mean = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(settings.averaging)) if settings.averaging else None
+    kept = cast(WordNet, mean.module) if mean else net
+    best, best_loss, since = copy.deepcopy(kept.state_dict()), math.inf, 0
     lengths = [len(row.words) for row in rows]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(job.seed)
@@ -136,14 +147,16 @@ def train_net(net: WordNet, spec: WordSpec, job: Job, settings: NetSettings) -> 
             net.train()
             for batch in length_batches(lengths, settings.batch_size, rng):
                 _step(net, optimizer, _tensors(net, reader, [rows[i] for i in batch]), targets[batch])
+                if mean:
+                    mean.update_parameters(net)
             loss = float(
                 torch.nn.functional.binary_cross_entropy_with_logits(
-                    torch.from_numpy(_log_odds(net, reader, held)).float(), expected
+                    torch.from_numpy(_log_odds(kept, reader, held)).float(), expected
                 )
             )
             job.progress(epoch + 1, settings.epochs, f"epochs, validation loss {loss:.4f}")
             if loss < best_loss:
-                best, best_loss, since = copy.deepcopy(net.state_dict()), loss, 0
+                best, best_loss, since = copy.deepcopy(kept.state_dict()), loss, 0
             elif (since := since + 1) >= settings.patience:
                 break
     net.load_state_dict(best)
