@@ -1,7 +1,8 @@
 """Calibrated INT8 variants of encoders, named by rule: INT8-PLAN[-ARITHMETIC][-tensor][-RANGES].
 
 Plans: `static` quantizes everything as calibrated, `smooth` divides channels first, `lossless` also keeps outlier
-channels and the most sensitive products in fp32, never more than 5 % of the weights or activations.
+channels and the most sensitive products in fp32, never more than 5 % of the weights or activations, and corrects
+biases.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 
 import onnx
 
+from pipeline.export.onnx_bias import correct_biases
 from pipeline.export.onnx_lossless import MIN_SHARE, sensitivities, stay_fp32
 from pipeline.export.onnx_observe import Calibration, Observed, observe
 from pipeline.export.onnx_ranges import RANGES
@@ -21,17 +23,19 @@ from pipeline.progress import Tick, quiet
 
 @dataclass(frozen=True)
 class Plan:
-    """alphas and n_kept as in Choices; `selects`: whether sensitive products return to fp32."""
+    """alphas and n_kept as in Choices; `selects`: whether sensitive products return to fp32; `corrects`: whether
+    biases are corrected."""
 
     alphas: tuple[float | None, ...]
     n_kept: int
     selects: bool
+    corrects: bool
 
 
 PLANS = {
-    "static": Plan((None,), 0, False),
-    "smooth": Plan(ALPHAS, 0, False),
-    "lossless": Plan(ALPHAS, 4, True),
+    "static": Plan((None,), 0, False, False),
+    "smooth": Plan(ALPHAS, 0, False, False),
+    "lossless": Plan(ALPHAS, 4, True, True),
 }
 
 
@@ -98,9 +102,12 @@ def quantize(
     quantized = quantize_static(model, used, arithmetic, spec.per_channel)
     fold_divisions(quantized)
     weights, activations = shares(found, used, n_table_weights)
-    return Quantized(
-        quantized, _notes(weights, activations, kept), _facts(found, used, kept, felt, weights, activations)
-    )
+    notes, facts = _notes(weights, activations, kept), _facts(found, used, kept, felt, weights, activations)
+    if plan.corrects:
+        before, after = correct_biases(model, quantized, calibration, tick)
+        facts["bias_correction_kl"] = [float(f"{x:.3g}") for x in (before, after)]
+        notes.append(f"biases corrected on calibration text: divergence {before:.3g} -> {after:.3g} nats a passage")
+    return Quantized(quantized, notes, facts)
 
 
 def table_weights(graph: onnx.GraphProto) -> int:

@@ -116,16 +116,21 @@ def logits_of(model: onnx.ModelProto | bytes, calibration: Calibration) -> Float
     return np.concatenate([session.run(["logits"], feed)[0] for feed in feeds])
 
 
+def tapped(model: onnx.ModelProto, tensors: list[str]) -> onnx.ModelProto:
+    """A copy with these fp32 tensors among its outputs."""
+    made = onnx.ModelProto()
+    made.CopyFrom(model)
+    known = {value.name for value in made.graph.output}
+    extra = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in tensors if name not in known]
+    made.graph.output.extend(extra)
+    return made
+
+
 def observe(
     model: onnx.ModelProto, tensors: list[str], calibration: Calibration, seed: int = 0, tick: Tick = quiet
 ) -> dict[str, Observed]:
     """Run the fp32 `model` over the calibration text and look at `tensors`, each (..., d)."""
-    tapped = onnx.ModelProto()
-    tapped.CopyFrom(model)
-    known = {value.name for value in tapped.graph.output}
-    extra = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in tensors if name not in known]
-    tapped.graph.output.extend(extra)
-    session = open_session(tapped)
+    session = open_session(tapped(model, tensors))
     rng = np.random.default_rng(seed)
     share = min(1.0, SAMPLED_ROWS / calibration.n_tokens)
     lows: dict[str, Float32] = {}
