@@ -5,7 +5,7 @@ Variants are named as pipeline/export/onnx.py says; encoders may be pruned first
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -15,7 +15,6 @@ from pipeline import pruning_onnx, sources
 from pipeline.encoders import load_encoder, save_encoder
 from pipeline.export import onnx, onnx_observe
 from pipeline.exporter import Context, Exporter, Made, Prepared
-from pipeline.progress import Tick
 from pipeline.recipes import Train
 from pipeline.store import digest, stage
 from pipeline.tweets import data, head
@@ -186,14 +185,10 @@ def _parts(context: Context, train: Train) -> tuple[list[Tweet], list[Tweet]]:
     return [tweets[i] for i in parts.train], [tweets[i] for i in parts.test]
 
 
-def _training(context: Context, train: Train) -> Callable[[Tick], pruning_onnx.TrainOn]:
+def _training(context: Context, train: Train) -> pruning_onnx.TrainOn:
     """How a pruned encoder is trained on: [train] again, on the same rows, all of its components."""
-
-    def ready(tick: Tick) -> pruning_onnx.TrainOn:
-        table = with_max_tokens(train.classifier, train.settings, context.recipe.max_tokens)
-        return lambda encoder: train_again(encoder, *_parts(context, train), table, train.seed, tick)
-
-    return ready
+    table = with_max_tokens(train.classifier, train.settings, context.recipe.max_tokens)
+    return lambda encoder, tick: train_again(encoder, *_parts(context, train), table, train.seed, tick)
 
 
 def _decided(context: Context, train: Train, encoder: Path, folder: Path) -> str:

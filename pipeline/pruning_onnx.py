@@ -20,7 +20,6 @@ from pipeline.encoders import load_encoder, save_encoder
 from pipeline.export import onnx
 from pipeline.export.onnx_observe import Calibration
 from pipeline.exporter import Context, Prepared
-from pipeline.progress import Tick
 from pipeline.prune import PRUNERS, PruneSpec, parse_prune
 from pipeline.prune.encoder import (
     ENCODER_PRUNERS,
@@ -110,7 +109,7 @@ def pruned_base(
     spec: PruneSpec,
     passages: tuple[Calibration, Step],
     export: Export,
-    train: Callable[[Tick], TrainOn] | None = None,
+    train: TrainOn | None = None,
 ) -> tuple[Prepared, Step, list[str]]:
     """The base that the rest of the variant is made from, the lineage's step and notes. The stage keeps the pruned
     Hugging Face folder as `encoder/` beside model.onnx.
@@ -128,7 +127,7 @@ def pruned_base(
     def make(folder: Path) -> None:
         with context.progress.step(f"prune {spec.name}") as tick:
             encoder = load_encoder(source, recipe.labels, recipe.max_tokens)
-            subject = Pruning(encoder, text, quantize.compute_device(), tick, train(tick) if train else None)
+            subject = Pruning(encoder, text, quantize.compute_device(), tick, train)
             made, facts = prune_encoder(subject, spec)
             save_encoder(made, folder / ENCODER)
         with context.progress.step(f"export {spec.name} to ONNX FP32"):

@@ -36,7 +36,7 @@ class EncoderCut:
     channels: tuple[tuple[int, ...], ...]
 
 
-TrainOn = Callable[[Encoder], tuple[Encoder, dict[str, Any]]]
+TrainOn = Callable[[Encoder, Tick], tuple[Encoder, dict[str, Any]]]
 """Trains a classifier on as it was trained before; it, and what a manifest says of that."""
 
 
@@ -132,7 +132,7 @@ def train_on(subject: Pruning, cut: EncoderCut, made: Any) -> tuple[Any, dict[st
     """The labelled rows that the whole classifier was trained on, once more."""
     if subject.train is None:
         raise ValueError("nothing to train on")  # check_prunable refuses it
-    trained, facts = subject.train(Encoder(made, subject.encoder.tokenizer, ()))
+    trained, facts = subject.train(Encoder(made, subject.encoder.tokenizer, ()), subject.tick)
     return trained.model.to(subject.device), facts
 
 
