@@ -43,7 +43,7 @@ class AffineSearch:
 _COARSE = (0.78, 0.86, 0.93, 1.0, 1.07, 1.15, 1.3, 1.55, 1.9)
 _PLAIN = (
     PlainSearch(16, _COARSE, True, (0.5, 0.25, 0.7, 0.35, 0.15)),
-    PlainSearch(32, (0.78, 0.86, 0.93, 0.97, 1.0, 1.03, 1.07, 1.15, 1.3), True, (0.5, 0.25, 0.7, 0.35, 0.15)),
+    PlainSearch(32, tuple(0.72 + 0.04 * k for k in range(18)), False, (0.4, 0.25, 0.12)),
     PlainSearch(64, (0.8, 0.9, 1.0, 1.1), False, (), tuple(0.7 + 0.02 * k for k in range(20) if k != 15)),
     PlainSearch(256, tuple(0.9 + 0.01 * k for k in range(12)), False),
 )
