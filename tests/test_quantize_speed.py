@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -91,6 +92,25 @@ def test_a_peers_process_tells_what_it_took(tmp_path: Path) -> None:
     assert found["wall_s"] >= 0.5
     assert found["cpu_s"] > 0
     assert found["peak_rss_bytes"] >= 300 << 20
+
+
+def test_a_tool_of_other_programs_is_not_charged_for_our_imports(tmp_path: Path) -> None:
+    script = tmp_path / "peer.py"
+    script.write_text(
+        "import subprocess, sys, time\ntime.sleep(0.7)\nfrom quantize_peers.common import main\n"
+        "def quantize(request):\n"
+        "    subprocess.run([sys.executable, '-c', 'import time; time.sleep(0.3)'], check=True)\n"
+        "main(quantize, by_children=True)\n"
+    )
+    asked = Request("", "", "", "", threads=1, evaluate=False, settings={})
+    (tmp_path / "asked.json").write_text(json.dumps(asdict(asked)))
+    argv = [sys.executable, str(script), str(tmp_path / "asked.json"), str(tmp_path / "answer.json")]
+    begin_s = time.monotonic()
+    subprocess.run(argv, check=True, env={"PYTHONPATH": str(BENCHMARKS)})
+    whole_s = time.monotonic() - begin_s
+    found = json.loads((tmp_path / "answer.json").read_text())
+    assert 0.3 <= found["wall_s"] <= whole_s - 0.7
+    assert found["cpu_s"] > 0
 
 
 def test_every_contender_has_a_script_and_a_name_of_its_own() -> None:

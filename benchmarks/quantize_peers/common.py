@@ -36,13 +36,18 @@ class Request:
     settings: dict[str, Any]
 
 
-def main(quantize: Callable[[Request], Any]) -> None:
-    """`script REQUEST.json ANSWER.json`; quantize returns the model, as something that takes input ids."""
+def main(quantize: Callable[[Request], Any], by_children: bool = False) -> None:
+    """`script REQUEST.json ANSWER.json`; quantize returns the model, as something that takes input ids.
+
+    by_children: the tool is other programs that quantize runs, so that this process's own imports are not its time.
+    """
     request = Request(**json.loads(Path(sys.argv[1]).read_text()))
     torch.set_num_threads(request.threads)
     torch.manual_seed(0)
+    start = spent() if by_children else {"wall_s": 0.0, "cpu_s": 0.0}
     model = quantize(request)
     answer = spent()
+    answer |= {name: answer[name] - start[name] for name in ("wall_s", "cpu_s")}
     if request.evaluate:
         answer["kld_chunks"] = divergences(model, np.load(request.test), np.load(request.reference, mmap_mode="r"))
     Path(sys.argv[2]).write_text(json.dumps(answer))

@@ -27,4 +27,4 @@ def run(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(quantize)
+    main(quantize, by_children=True)

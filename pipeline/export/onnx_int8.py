@@ -106,7 +106,8 @@ def quantize(
     if plan.corrects:
         before, after = correct_biases(model, quantized, calibration, tick)
         facts["bias_correction_kl"] = [float(f"{x:.3g}") for x in (before, after)]
-        notes.append(f"biases corrected on calibration text: divergence {before:.3g} -> {after:.3g} nats a passage")
+        told = f"divergence {before:.3g} -> {after:.3g} nats a passage" if after < before else "no gain, so left alone"
+        notes.append(f"biases corrected on calibration text: {told}")
     return Quantized(quantized, notes, facts)
 
 
