@@ -3,8 +3,8 @@
 `python benchmarks/quantize_speed.py` quantizes SmolLM2's linear layers to 4.5 bits a weight (groups of 32 with a 16-bit
 scale; hqq: of 64 with a scale and an offset), embeddings left alone, with each tool in an environment of its own and
 the same calibration tokens; round after round, so that what else the machine does hits all alike. Wall and CPU time
-count from the start of the process, imports and loading included (of llama.cpp, from the start of its programs). All results are then evaluated by the same torch
-code. Writes benchmarks/results/<machine>/quantize_speed.json.
+count from the start of the process (of llama.cpp's programs for llama.cpp), imports and loading included. All results
+are then evaluated by the same torch code. Writes benchmarks/results/<machine>/quantize_speed.json.
 
 Asked: at equal or better KL divergence, half the time of the fastest calibrated peer; exit code 1 if it is missed.
 """
