@@ -66,15 +66,18 @@ _BLOCK = CHUNK_BYTES // 2
 
 def write_checkpoint(folder: Path, n_layers: int) -> int:
     """Write the synthetic checkpoint; returns its weights' size in bytes."""
+    from transformers.models.gpt2.tokenization_gpt2 import bytes_to_unicode
+
     config = {**LLAMA_3_1_8B, "num_hidden_layers": n_layers}
     (folder / "config.json").write_text(json.dumps(config))
     n_vocab = config["vocab_size"]
+    letters = [*bytes_to_unicode().values(), "th"]  # so that any text has tokens, by the one merge llama.cpp asks for
     keys: dict[str, Any] = {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "llama-bpe",
-        "tokenizer.ggml.tokens": [f"t{i}" for i in range(n_vocab)],
+        "tokenizer.ggml.tokens": [*letters, *(f"t{i}" for i in range(len(letters), n_vocab))],
         "tokenizer.ggml.token_type": [1] * n_vocab,
-        "tokenizer.ggml.merges": [],
+        "tokenizer.ggml.merges": ["t h"],
         "tokenizer.ggml.add_bos_token": PRE_TOKENIZERS["llama-bpe"].add_bos,
     }
     (folder / "tokenizer.json").write_text(Vocabulary(keys).to_tokenizers().to_str())

@@ -27,7 +27,7 @@ from pipeline.checkpoint import Checkpoint
 from pipeline.layers import Stats
 from pipeline.plan import EMBEDDINGS, OUTPUT
 from pipeline.progress import Tick, quiet
-from pipeline.torch_model import in_transformers
+from pipeline.torch_model import streamed
 
 _TINY = 1e-30
 
@@ -87,21 +87,21 @@ def collect(
 ) -> Sensitivity:
     """The factors over `chunks` (n, n_ctx) of tokens, for every matrix.
 
-    1/2 sum over rows of factor * E[(D_r x)^2] is the divergence of a token, in nats. The whole model is in memory in
-    float32, and one chunk's activations. The same seed gives the same tokens. model: the checkpoint's in transformers
-    on the device, where there is one already.
+    1/2 sum over rows of factor * E[(D_r x)^2] is the divergence of a token, in nats. In memory, in float32: embeddings,
+    output matrix, one decoder block with the activations of all chunks, their hidden states before every block, and
+    their logits. The same seed gives the same tokens. model: the checkpoint's in transformers on the device, where
+    there is a whole one already; then chunks go through it one by one.
     """
-    model = in_transformers(checkpoint).to(device) if model is None else model
+    batches = list(chunks.split(len(chunks) if model is None else 1))
+    if model is None:
+        model = streamed(checkpoint, device, tick)
+        tick = quiet
     taps = {name: _Tap(module) for name, module in _linears(checkpoint, model).items()}
-    embed, ends = model.get_input_embeddings(), _Ends(model)
+    ends = _Ends(model)
     generator = torch.Generator(device).manual_seed(seed)
-    for done, chunk in enumerate(chunks, 1):
-        embedded = embed(chunk[None].to(device)).detach().requires_grad_()
-        log_p = torch.log_softmax(model(inputs_embeds=embedded, use_cache=False).logits[0].float(), -1)
-        drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
-        log_p.gather(1, drawn).sum().backward()
-        ends.add(chunk.to(device), embedded, log_p.detach())
-        tick(done, len(chunks), "chunks")
+    for done, batch in enumerate(batches, 1):
+        _there_and_back(model, batch.to(device), ends, generator)
+        tick(done, len(batches), "chunks")
     for hook in [*ends.hooks, *(hook for tap in taps.values() for hook in tap.hooks)]:
         hook.remove()
     found = {}
@@ -112,6 +112,18 @@ def collect(
         found[name] = (rows / max(tap.inputs, _TINY)).float()
     names = gguf_names(checkpoint.architecture, list(found), checkpoint.config["num_hidden_layers"])
     return Sensitivity({names[name]: rows for name, rows in found.items()}, ends.terms())
+
+
+def _there_and_back(model: Any, tokens: torch.Tensor, ends: _Ends, generator: torch.Generator) -> None:
+    """The gradient of log p of drawn tokens through the model, for chunks (n, n_ctx) of tokens."""
+    embedded = model.get_input_embeddings()(tokens).detach().requires_grad_()
+    logits = model(inputs_embeds=embedded, use_cache=False).logits
+    log_p = [torch.log_softmax(of_chunk.float(), -1) for of_chunk in logits]
+    drawn = [torch.multinomial(of_chunk.detach().exp(), 1, generator=generator) for of_chunk in log_p]
+    torch.stack([of_chunk.gather(1, at).sum() for of_chunk, at in zip(log_p, drawn, strict=True)]).sum().backward()
+    assert embedded.grad is not None
+    for i, chunk in enumerate(tokens):
+        ends.add(chunk, embedded.detach()[i], embedded.grad[i], ends.last[i], log_p[i].detach())
 
 
 class _Ends:
@@ -127,16 +139,22 @@ class _Ends:
         self.hooks = [self.head.register_forward_pre_hook(self._keep)]
 
     def _keep(self, module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        self.last = args[0].detach()[0].float()
+        self.last = args[0].detach().float()
 
-    def add(self, tokens: torch.Tensor, embedded: torch.Tensor, log_p: torch.Tensor) -> None:
+    def add(
+        self,
+        tokens: torch.Tensor,
+        embedded: torch.Tensor,
+        gradient: torch.Tensor,
+        last: torch.Tensor,
+        log_p: torch.Tensor,
+    ) -> None:
+        """A chunk's: embeddings, their gradients and the last hidden states (n_ctx, columns), log p (n_ctx, rows)."""
         p = log_p.exp()
         self.curvature += (p * (1 - p)).sum(0)
-        self.hidden += self.last.T @ (self.last * (1 - p.square().sum(1))[:, None])
+        self.hidden += last.T @ (last * (1 - p.square().sum(1))[:, None])
         # Some architectures' look-up scales the row, so that the row feels that much more.
-        scale = embedded.detach().norm() / self.embed.weight[tokens].norm()
-        assert embedded.grad is not None
-        gradient = embedded.grad[0] * scale
+        gradient = gradient * (embedded.norm() / self.embed.weight[tokens].norm())
         self.gradients += gradient.T @ gradient
         self.counts += torch.bincount(tokens, minlength=len(self.counts))
         self.n_tokens += len(tokens)
@@ -158,11 +176,14 @@ class _Tap:
         self.hooks = [module.register_forward_pre_hook(self._keep), module.register_full_backward_hook(self._add)]
 
     def _keep(self, module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        self.x = args[0].detach()[0]
+        if torch.is_grad_enabled():  # not where all is computed once more (torch_model.streamed)
+            self.x = args[0].detach()
 
     def _add(self, module: torch.nn.Module, grad_input: object, grad_output: tuple[torch.Tensor, ...]) -> None:
-        self.rows = self.rows.to(self.x.device) + (grad_output[0][0].T @ self.x).double().square().sum(1)
-        self.inputs += float(self.x.double().square().sum())
+        for g, x in zip(grad_output[0].double(), self.x.double(), strict=True):
+            # |G_r|^2 = g_r^T (x x^T) g_r: over pairs of tokens, of which there are fewer than columns.
+            self.rows = self.rows.to(g.device) + (g * ((x @ x.T) @ g)).sum(0)
+            self.inputs += float(x.square().sum())
         del self.x
 
 

@@ -24,6 +24,7 @@ from pipeline.progress import Progressor, quiet
 from pipeline.quantize import Workshop
 from pipeline.recipes import Calibration, Golden, Recipe
 from pipeline.store import Places, load_artifact
+from pipeline.torch_model import in_transformers, streamed
 
 CPU = torch.device("cpu")
 CHUNKS = torch.from_numpy(TOKENS.astype(np.int64)).reshape(-1, 64)
@@ -131,6 +132,76 @@ def test_the_same_seed_gives_the_same_sensitivities(
         for mine, theirs in zip(terms, loaded.outer[name], strict=True):
             assert torch.equal(mine.weights, theirs.weights)
             assert torch.equal(mine.hessian, theirs.hessian)
+
+
+@pytest.mark.parametrize("name", ["llama-biased", "qwen2", "gemma2", "gemma3"])
+def test_one_block_at_a_time_feels_what_gradients_of_the_whole_models_weights_say(
+    name: str, models: Callable[[str], tuple[Path, torch.nn.Module]]
+) -> None:
+    checkpoint = load(models(name)[0] / "hf")
+    felt = sensitivity.collect(checkpoint, CHUNKS[:3], CPU)
+    model = in_transformers(checkpoint)
+    lent = sensitivity.collect(checkpoint, CHUNKS[:3], CPU, model=model)
+    rows = naive_rows(checkpoint, model, CHUNKS[:3])
+    assert felt.rows.keys() == lent.rows.keys() == rows.keys()
+    for tensor, expected in rows.items():
+        torch.testing.assert_close(felt.rows[tensor].double(), expected, rtol=2e-3, atol=0)
+        torch.testing.assert_close(lent.rows[tensor].double(), expected, rtol=2e-3, atol=0)
+    for tensor, terms in lent.outer.items():
+        for ours, whole in zip(felt.outer[tensor], terms, strict=True):
+            torch.testing.assert_close(ours.weights, whole.weights, rtol=1e-3, atol=1e-7)
+            scale = float(whole.hessian.abs().max())
+            torch.testing.assert_close(ours.hessian, whole.hessian, rtol=1e-3, atol=1e-4 * scale)
+
+
+def naive_rows(checkpoint: Checkpoint, model: torch.nn.Module, chunks: torch.Tensor) -> dict[str, torch.Tensor]:
+    """{matrix: |G_r|^2 summed over chunks / |x|^2 summed over tokens}, G by differentiating the weights in float64."""
+    names = gguf_names(checkpoint.architecture, list(checkpoint.tensors), checkpoint.config["num_hidden_layers"])
+    wanted = {n: p for n, p in model.named_parameters() if n.startswith("model.layers.") and p.ndim == 2}
+    inputs = dict.fromkeys(wanted, 0.0)
+
+    def counted(name: str) -> Callable[[torch.nn.Module, tuple[torch.Tensor, ...]], None]:
+        def count(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            inputs[name] += float(args[0].detach().double().square().sum())
+
+        return count
+
+    modules = dict(model.named_modules())
+    hooks = [modules[n.removesuffix(".weight")].register_forward_pre_hook(counted(n)) for n in wanted]
+    sums = {name: torch.zeros(len(p), dtype=torch.float64) for name, p in wanted.items()}
+    generator = torch.Generator().manual_seed(0)
+    for parameter in wanted.values():
+        parameter.requires_grad_(True)
+    for chunk in chunks:
+        log_p = torch.log_softmax(model(chunk[None], use_cache=False).logits[0].float(), -1)
+        drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
+        gradients = torch.autograd.grad(log_p.gather(1, drawn).sum(), list(wanted.values()))
+        for name, gradient in zip(wanted, gradients, strict=True):
+            sums[name] += gradient.double().square().sum(1)
+    for hook in hooks:
+        hook.remove()
+    found = {}
+    for name, of_rows in sums.items():
+        order = row_order(checkpoint.architecture, checkpoint.config, name)
+        in_gguf = of_rows if order is None else of_rows[torch.from_numpy(order.copy())]
+        found[names[name]] = in_gguf / inputs[name]
+    return found
+
+
+def test_of_the_decoder_blocks_one_is_in_memory(models: Callable[[str], tuple[Path, torch.nn.Module]]) -> None:
+    checkpoint = load(models("llama-biased")[0] / "base.gguf")
+    model = streamed(checkpoint, CPU)
+    blocks, seen = list(model.model.layers), list[tuple[int, ...]]()
+
+    def look(module: torch.nn.Module, args: object) -> None:
+        seen.append(tuple(i for i, b in enumerate(blocks) if any(not p.is_meta for p in b.parameters())))
+
+    for block in blocks:
+        block.mlp.down_proj.register_forward_pre_hook(look)
+    embedded = model.get_input_embeddings()(CHUNKS[:2]).detach().requires_grad_()
+    model(inputs_embeds=embedded, use_cache=False).logits.sum().backward()
+    there = [(i,) for i in range(len(blocks))]
+    assert seen == [*there, *reversed(there)]
 
 
 def test_chunks_are_those_of_llama_cpp(models: Callable[[str], tuple[Path, torch.nn.Module]]) -> None:
