@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -202,6 +205,25 @@ def test_of_the_decoder_blocks_one_is_in_memory(models: Callable[[str], tuple[Pa
     model(inputs_embeds=embedded, use_cache=False).logits.sum().backward()
     there = [(i,) for i in range(len(blocks))]
     assert seen == [*there, *reversed(there)]
+
+
+def test_nothing_of_the_model_stays_in_memory(
+    models: Callable[[str], tuple[Path, torch.nn.Module]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[weakref.ref[torch.nn.Module]] = []
+
+    def watched(*args: Any) -> Any:
+        model = streamed(*args)
+        made.append(weakref.ref(model.model.layers[0]))
+        return model
+
+    monkeypatch.setattr(sensitivity, "streamed", watched)
+    gc.disable()
+    try:
+        sensitivity.collect(load(models("qwen2")[0] / "base.gguf"), CHUNKS[:1], CPU)
+    finally:
+        gc.enable()
+    assert [ref() for ref in made] == [None]
 
 
 def test_chunks_are_those_of_llama_cpp(models: Callable[[str], tuple[Path, torch.nn.Module]]) -> None:
