@@ -44,6 +44,7 @@ from pipeline.deploy import run_job
 from pipeline.export.llama_quantize import VARIANTS
 from pipeline.gguf_file import is_gguf, read_gguf
 from pipeline.jobs import describe_dataset
+from pipeline.planning import source_types
 from pipeline.progress import Progressor
 from pipeline.recipes import Recipe, read_recipe
 from pipeline.recordings import Recording, record, sample_ticker
@@ -60,7 +61,7 @@ TARGETS = {
 }
 PEERS = tuple(name for name in VARIANTS if name not in ("F32", "F16", "BF16"))
 HOST: Provenance = "host"
-LEGEND = "~ some tensors fell back to another type    = requantized to its source's own type: not compared"
+LEGEND = "~ some tensors fell back to another type    = most weights in a type that holds the source's: not compared"
 A_WEEK_S = 7 * 24 * 3600
 
 
@@ -214,11 +215,12 @@ def score_of(found: dict[str, Measurement], recording: Recording, threads: int, 
 
 
 def source_share(source: Path, plan: dict[str, str]) -> float:
-    """Part of the decoder blocks' weights whose type in `plan` is what a GGUF source already had them in."""
+    """Part of the decoder blocks' weights whose type in `plan` holds what a GGUF source already had them in."""
     if not (source.is_file() and is_gguf(source)):
         return 0.0
+    held = source_types(source)
     tensors = {n: t for n, t in read_gguf(source).tensors.items() if n.startswith("blk.") and len(t.shape) == 2}
-    same = sum(t.n_elements for name, t in tensors.items() if plan.get(name) == t.type.name)
+    same = sum(t.n_elements for name, t in tensors.items() if plan.get(name) in held[name])
     return same / sum(t.n_elements for t in tensors.values())
 
 
@@ -337,14 +339,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         quality, failures = read_record(out, Quality), list[str]()
     else:
         quality, failures = run(options, where, out)
-    print(
-        "\n".join(
-            [
-                *table(quality.rows),
-                "~ some tensors fell back    = requantized to its source's own type: not compared",
-            ]
-        )
-    )
+    print("\n".join([*table(quality.rows), LEGEND]))
     print("\n".join(["", *verdict_lines(quality.verdicts), "", *failures]))
     page = out.with_suffix(".html")
     write_atomic(page, quality_plot.page(quality).encode())

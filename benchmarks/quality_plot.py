@@ -13,7 +13,7 @@ from device.schema import SlimpiError
 
 PEER = "llama-quantize"
 HULL = f"hull of {PEER}"
-FREE = "requantized to the source's own type"
+FREE = "in types that hold the source's"
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#e377c2", "#17becf", "#bcbd22")
 
 

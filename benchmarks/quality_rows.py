@@ -24,7 +24,7 @@ SIZE_WINDOW = 0.01
 if its size is at most this share above those of llama-quantize's files that do."""
 
 MAX_SOURCE_SHARE = 0.5
-"""More of the linear weights than this in the very type they were dequantized from: nearly free, so not compared."""
+"""More of the linear weights in types that hold what they were dequantized from: nearly free, so not compared."""
 
 MIN_KLD = 1e-9  # nats/token; what the 16-bit recording cannot tell from zero
 
@@ -90,8 +90,8 @@ class Score(Record, frozen=True, kw_only=True):
 
 class QualityRow(Record, frozen=True, kw_only=True):
     """One file. size_bytes: the whole file. key: what it was made from; build_s: wall time of making it, stages shared
-    with other variants counting for the first. source_share: part of the linear weights that got the type which the
-    reference was dequantized from."""
+    with other variants counting for the first. source_share: part of the linear weights in a type that holds what the
+    reference was dequantized from, its own or a wider one (pipeline.planning.source_types)."""
 
     model: str
     variant: str
@@ -108,7 +108,7 @@ class QualityRow(Record, frozen=True, kw_only=True):
 
     @property
     def free(self) -> bool:
-        """Requantized to its source's own type."""
+        """Requantized to what holds its source."""
         return self.source_share > MAX_SOURCE_SHARE
 
     def score(self, corpus: str) -> Score | None:

@@ -7,6 +7,7 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
+import gguf
 import msgspec
 import numpy as np
 import pytest
@@ -459,3 +460,21 @@ def test_bad_input_is_one_line(home: Path, capsys: pytest.CaptureFixture[str], m
     (home / "old.json").write_bytes(encode(old))
     assert bench(home, "--out", str(home / "old.json")) == 1
     assert "results of llama.cpp other" in capsys.readouterr().err
+
+
+def test_what_holds_the_sources_values_counts_as_its_type(tmp_path: Path) -> None:
+    """Of Q4_1 that is Q5_1 too; of two blocks' matrices of like size each is half of the weights."""
+    path = tmp_path / "source.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    blocks = np.zeros((4, 64 // 32 * 20), np.uint8)
+    for name in ("blk.0.ffn_up.weight", "blk.1.ffn_up.weight", "token_embd.weight"):
+        writer.add_tensor(name, blocks, raw_dtype=gguf.GGMLQuantizationType.Q4_1)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    first, second, outer = "blk.0.ffn_up.weight", "blk.1.ffn_up.weight", "token_embd.weight"
+    for kind, share in (("Q4_1", 1.0), ("Q5_1", 1.0), ("Q5_0", 0.0), ("Q8_0", 0.0)):
+        assert bench_quality.source_share(path, {first: kind, second: kind, outer: "Q4_1"}) == share
+    assert bench_quality.source_share(path, {first: "Q5_1", second: "Q4_0", outer: "Q4_1"}) == 0.5
+    assert bench_quality.source_share(tmp_path, {first: "Q4_1"}) == 0.0
