@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from device.schema import Report
+from device.schema import Artifact, Report
 from pipeline.compare import (
     Row,
     answer,
@@ -28,6 +28,7 @@ from pipeline.compare import (
 from pipeline.compare_choices import describe_choices
 
 PLAIN_WIDTH = 210
+_OF_A_BLOCK = "blk."
 PROVENANCE = {
     "measured": "measured on the board",
     "emulated": "EMULATED: proves function and ISA safety, says nothing of speed",
@@ -135,5 +136,14 @@ def _remarks(rows: Sequence[Row]) -> list[str]:
         who = f"{row.host} {row.artifact.name}".strip()
         lines += [f"! {who} {task} FAILED: {error}" for task, error in row.failures.items()]
         lines += [f"! {who} {task}: {'; '.join(texts)}" for task, texts in row.warnings.items()]
-    lines += dict.fromkeys(f"{r.artifact.model}: {note}" for r in rows for note in r.artifact.notes)
-    return [*lines, "", *answer(rows)]
+    return [*lines, *dict.fromkeys(line for row in rows for line in _notes(row.artifact)), "", *answer(rows)]
+
+
+def _notes(artifact: Artifact) -> list[str]:
+    """Of those about single blocks the first: there may be one for each."""
+    blocks = [note for note in artifact.notes if note.startswith(_OF_A_BLOCK)]
+    lines = [f"{artifact.model}: {note}" for note in artifact.notes if note not in blocks]
+    if blocks:
+        more = f" (and {len(blocks) - 1} more such notes, in its manifest.json)" if blocks[1:] else ""
+        lines.append(f"{artifact.name}: {blocks[0]}{more}")
+    return lines

@@ -200,6 +200,28 @@ def test_answer_is_the_smallest_without_loss_and_skips_invalid_runs() -> None:
     assert "Q6_K (110.0 MiB, 20 prefill, 99.0 decode token/s (not valid)" in text
 
 
+def test_an_unstable_time_to_load_is_told_and_leaves_the_speed_valid(capsys: pytest.CaptureFixture[str]) -> None:
+    loading = "load_ms is unstable: standard deviation 31% of the mean"
+    (row,) = rows([report("F16", REFERENCE, 270, 5.0, warnings=(loading,))])
+    assert row.speed_valid
+    assert "fastest is F16" in "\n".join(answer([row]))
+    show([row])
+    assert f"throughput: {loading}" in capsys.readouterr().out
+    (row,) = rows([report("F16", REFERENCE, 270, 5.0, warnings=(loading, "throttled at the time of the run"))])
+    assert not row.speed_valid
+
+
+def test_of_notes_about_blocks_the_first_is_shown_and_the_rest_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    plain, noted = report("F16", REFERENCE), report("Q4", SAME)
+    notes = ["dequantized from Q4_1", *(f"blk.{i}: {i + 1} of 4 folds not scaled" for i in range(30))]
+    noted = msgspec.structs.replace(noted, artifact=msgspec.structs.replace(noted.artifact, notes=notes))
+    show(rows([plain, noted]))
+    text = capsys.readouterr().out
+    assert "m: dequantized from Q4_1" in text
+    assert "m-Q4: blk.0: 1 of 4 folds not scaled (and 29 more such notes, in its manifest.json)" in text
+    assert "blk.1:" not in text
+
+
 def test_answer_says_so_when_nothing_is_usable() -> None:
     assert "nothing can be recommended" in answer(rows([report("Q4_0", WORSE)]))[0]
 
