@@ -74,7 +74,8 @@ class Watch(Progressor):
         self.folder, self.stored_bytes = folder, 0
         self.stages: dict[str, Stage] = {}
         self._title = _BETWEEN
-        self._stop = threading.Event()
+        self._last = time.monotonic()
+        self._stop, self._one_at_a_time = threading.Event(), threading.Lock()
         self._sampler = threading.Thread(target=self._sample)
 
     def __enter__(self) -> Watch:
@@ -87,37 +88,44 @@ class Watch(Progressor):
 
     @contextmanager
     def step(self, title: str) -> Iterator[Tick]:
+        self._look()
         before, self._title = self._title, title
         try:
             with super().step(title) as tick:
                 yield tick
         finally:
+            self._look()  # however short the step was
             self._title = before
 
     def _sample(self) -> None:
-        last = time.monotonic()
         while not self._stop.wait(INTERVAL_S):
+            self._look()
+
+    def _look(self) -> None:
+        """Count the time since the last look, and the memory of now, to the step that runs."""
+        with self._one_at_a_time:
             title, (anon, rss), moment = self._title, tree_bytes(), time.monotonic()
             known = self.stages.get(title, Stage(title=title, wall_s=0.0, peak_anon_bytes=0, peak_rss_bytes=0))
             self.stages[title] = Stage(
                 title=title,
-                wall_s=known.wall_s + moment - last,
+                wall_s=known.wall_s + moment - self._last,
                 peak_anon_bytes=max(known.peak_anon_bytes, anon),
                 peak_rss_bytes=max(known.peak_rss_bytes, rss),
             )
-            last = moment
+            self._last = moment
             self.stored_bytes = max(self.stored_bytes, bytes_in(self.folder))
 
 
 def bytes_in(folder: Path) -> int:
     """Of its files, links counted once."""
     found: dict[int, int] = {}
-    for path in folder.rglob("*"):
-        try:
-            about = path.stat()
-        except OSError:  # it has been renamed or removed
-            continue
-        found[about.st_ino] = about.st_size * path.is_file()
+    for place, _, names in os.walk(folder):  # which passes over folders that are gone by then
+        for name in names:
+            try:
+                about = Path(place, name).stat()
+            except OSError:  # it has been renamed or removed
+                continue
+            found[about.st_ino] = about.st_size
     return sum(found.values())
 
 
