@@ -42,7 +42,7 @@ from pipeline import sources
 from pipeline.build import build
 from pipeline.deploy import run_job
 from pipeline.export.llama_quantize import VARIANTS
-from pipeline.gguf_file import is_gguf, read_gguf
+from pipeline.gguf_file import read_gguf
 from pipeline.jobs import describe_dataset
 from pipeline.planning import source_types
 from pipeline.progress import Progressor
@@ -216,9 +216,9 @@ def score_of(found: dict[str, Measurement], recording: Recording, threads: int, 
 
 def source_share(source: Path, plan: dict[str, str]) -> float:
     """Part of the decoder blocks' weights whose type in `plan` holds what a GGUF source already had them in."""
-    if not (source.is_file() and is_gguf(source)):
-        return 0.0
     held = source_types(source)
+    if not held:
+        return 0.0
     tensors = {n: t for n, t in read_gguf(source).tensors.items() if n.startswith("blk.") and len(t.shape) == 2}
     same = sum(t.n_elements for name, t in tensors.items() if plan.get(name) in held[name])
     return same / sum(t.n_elements for t in tensors.values())

@@ -25,7 +25,8 @@ import psutil
 from bench_common import at_least, command, cpu_model, now, output_options, result_path
 from stream_8b import write_checkpoint
 
-from device.schema import Record, encode, write_atomic
+from device.memory import parse_kib_fields
+from device.schema import Provenance, Record, encode, write_atomic
 from pipeline.build import build
 from pipeline.progress import Progressor, Tick
 from pipeline.recipes import Calibration, Golden, PlanTable, Recipe
@@ -59,6 +60,7 @@ class Result(Record, frozen=True, kw_only=True):
     n_calibration_tokens: int
     artifact_bytes: int
     stored_bytes: int
+    provenance: Provenance
     stages: list[Stage]
 
     @property
@@ -135,12 +137,11 @@ def tree_bytes() -> tuple[int, int]:
     anon = rss = 0
     for process in [me, *me.children(recursive=True)]:
         try:
-            lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+            status = parse_kib_fields(Path(f"/proc/{process.pid}/status").read_text())
         except OSError:  # it has ended
             continue
-        kib = {name: int(rest.split()[0]) for name, _, rest in (x.partition(":") for x in lines) if "Rss" in name}
-        anon += 1024 * kib.get("RssAnon", 0)
-        rss += 1024 * sum(kib.values())
+        anon += status.get("RssAnon", 0)
+        rss += status.get("VmRSS", 0)
     return anon, rss
 
 
@@ -184,6 +185,7 @@ def _in(scratch: Path, options: argparse.Namespace) -> Result:
         n_calibration_tokens=options.chunks * recipe.calibration.n_ctx,
         artifact_bytes=artifact.size_bytes,
         stored_bytes=watch.stored_bytes,
+        provenance="host",
         stages=[stage for title, stage in watch.stages.items() if title != "write the checkpoint"],
     )
 

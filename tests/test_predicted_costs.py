@@ -158,7 +158,7 @@ def test_one_block_at_a_time_feels_what_gradients_of_the_whole_models_weights_sa
 
 
 def naive_rows(checkpoint: Checkpoint, model: torch.nn.Module, chunks: torch.Tensor) -> dict[str, torch.Tensor]:
-    """{matrix: |G_r|^2 summed over chunks / |x|^2 summed over tokens}, G by differentiating the weights in float64."""
+    """{matrix: |G_r|^2 summed over chunks / |x|^2 summed over tokens}, G by differentiating the weights."""
     names = gguf_names(checkpoint.architecture, list(checkpoint.tensors), checkpoint.config["num_hidden_layers"])
     wanted = {n: p for n, p in model.named_parameters() if n.startswith("model.layers.") and p.ndim == 2}
     inputs = dict.fromkeys(wanted, 0.0)
