@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from device.schema import SlimpiError, check_id
+from device.records import SlimpiError, check_id
 from pipeline.store import Places
 
 

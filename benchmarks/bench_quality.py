@@ -28,16 +28,9 @@ import quality_plot
 from bench_common import at_least, command, cpu_model, now, output_options, result_path
 from quality_rows import Conditions, Maker, Quality, QualityRow, Score, Verdict, mean_interval, merged, verdicts_of
 
-from device.schema import (
-    Dataset,
-    Job,
-    Measurement,
-    Provenance,
-    SlimpiError,
-    encode,
-    read_record,
-    write_atomic,
-)
+from device.records import SlimpiError, encode, read_record, write_atomic
+from device.results import Measurement
+from device.schema import Dataset, Job, Provenance
 from pipeline import sources
 from pipeline.build import build
 from pipeline.deploy import run_job

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Literal
 
-from device.schema import Provenance, Record, SlimpiError
+from device.records import Record, SlimpiError
+from device.schema import Provenance
 
 MIN_PAIRS = 5
 

@@ -37,17 +37,8 @@ from classify_rows import (
     verdicts_of,
 )
 
-from device.schema import (
-    Artifact,
-    Dataset,
-    Job,
-    Provenance,
-    SlimpiError,
-    Tweets,
-    encode_line,
-    sha256_file,
-    write_atomic,
-)
+from device.records import SlimpiError, encode_line, sha256_file, write_atomic
+from device.schema import Artifact, Dataset, Job, Provenance, Tweets
 from pipeline.deploy import run_job
 from pipeline.jobs import describe_dataset
 from pipeline.store import Places, find_artifact, load_artifact, places

@@ -25,7 +25,7 @@ sys.path[:0] = [str(REPO), str(REPO / "tests")]
 import remote_jobs  # type: ignore[import-not-found]  # noqa: E402 - tests/ is no package
 import sshd  # type: ignore[import-not-found]  # noqa: E402
 
-from device.schema import Event, Report, Sample  # noqa: E402
+from device.results import Event, Report, Sample  # noqa: E402
 from pipeline import deploy, remote  # noqa: E402
 from pipeline.progress import Progressor  # noqa: E402
 from pipeline.store import Places  # noqa: E402

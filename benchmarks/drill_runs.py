@@ -19,7 +19,9 @@ sys.path[:0] = [str(REPO), str(REPO / "tests")]  # the fake models are the tests
 
 from fakes import TEXT, World  # type: ignore[import-not-found]  # noqa: E402
 
-from device.schema import Job, Perplexity, Report, Throughput, encode, read_record  # noqa: E402
+from device.records import encode, read_record  # noqa: E402
+from device.results import Report  # noqa: E402
+from device.schema import Job, Perplexity, Throughput  # noqa: E402
 
 TIMEOUT_S = 120
 DETERMINISTIC = frozenset({"nll"})

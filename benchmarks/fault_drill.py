@@ -43,7 +43,7 @@ from drill_runs import (
     start_agent,
 )
 
-from device.schema import encode
+from device.records import encode
 
 LANES = 3
 RUN_S = 3.0

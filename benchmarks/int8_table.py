@@ -25,7 +25,7 @@ from bench_common import at_least, command, cpu_model, now, output_options, resu
 from int8_models import LABELS, MAX_TOKENS, Rows
 from tokenizers import Tokenizer
 
-from device.schema import Record, encode, read_record, sha256_file, write_atomic
+from device.records import Record, encode, read_record, sha256_file, write_atomic
 from pipeline import sources
 from pipeline.compare import Difference, accuracy_difference
 from pipeline.export.onnx import OnnxSummary, check_variant, export_encoder, make_variant

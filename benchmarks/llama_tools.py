@@ -22,7 +22,7 @@ from pathlib import Path
 
 import msgspec
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from pipeline.store import digest, places, whole_folder
 
 TOOLS = ("llama-bench", "llama-perplexity", "llama-imatrix", "llama-quantize")

@@ -21,7 +21,7 @@ import onnx
 from bench_common import at_least, command, cpu_model, now, output_options, result_path
 from int8_models import LABELS, MAX_TOKENS, Rows
 
-from device.schema import Record, encode, write_atomic
+from device.records import Record, encode, write_atomic
 from pipeline import sources
 from pipeline.export.onnx import export_encoder
 from pipeline.export.onnx_bits import FULL, Validation, matrices, mean_bits, search, with_bits

@@ -29,7 +29,8 @@ from bench_common import at_least, command, now, output_options, result_path
 from gguf import GGMLQuantizationType
 from quality_rows import Score, mean_interval
 
-from device.schema import File, Record, encode, read_record, sha256_file, write_atomic
+from device.records import Record, encode, read_record, sha256_file, write_atomic
+from device.schema import File
 from pipeline import plan as plans
 from pipeline import plan_costs, plan_milp, quantize, sensitivity, sources
 from pipeline.calibration_stages import input_stats, output_sensitivity

@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 from bench_common import at_least, command
 
-from device.schema import Prediction, SlimpiError
+from device.records import SlimpiError
+from device.schema import Prediction
 from device.words import Text
 from pipeline import sources
 from pipeline.classify import classify

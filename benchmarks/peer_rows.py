@@ -13,7 +13,8 @@ from typing import Literal
 
 from scipy import stats
 
-from device.schema import Provenance, Record, SlimpiError
+from device.records import Record, SlimpiError
+from device.schema import Provenance
 
 MAX_PPL_DIFFERENCE = 0.005
 MIN_SPEED_RATIO = 0.98

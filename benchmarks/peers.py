@@ -24,20 +24,9 @@ from bench_common import at_least, command, cpu_model, now, output_options, resu
 from llama_tools import Build, Wheel
 from peer_rows import MAX_PAIRS, Conditions, Peers, PerplexityRow, SpeedRow, Tool, Verdict, decided, verdicts_of
 
-from device.schema import (
-    Artifact,
-    Job,
-    Measurement,
-    Perplexity,
-    Provenance,
-    Report,
-    SlimpiError,
-    Task,
-    Throughput,
-    describe_file,
-    encode,
-    write_atomic,
-)
+from device.records import SlimpiError, encode, write_atomic
+from device.results import Measurement, Report
+from device.schema import Artifact, Job, Perplexity, Provenance, Task, Throughput, describe_file
 from pipeline.deploy import run_job
 from pipeline.jobs import describe_dataset
 from pipeline.store import Places, find_artifact, load_artifact, places

@@ -27,7 +27,8 @@ import torch
 from bench_common import at_least, command, cpu_model, now, output_options, result_path
 from quality_rows import mean_interval
 
-from device.schema import Record, Report, encode, read_record, sha256_file, write_atomic
+from device.records import Record, encode, read_record, sha256_file, write_atomic
+from device.results import Report
 from pipeline import checkpoint, plan, plan_costs, plan_milp, predicted_costs, quantize, sensitivity, sources
 from pipeline.architectures import gguf_names
 from pipeline.build import build

@@ -22,7 +22,8 @@ from typing import Annotated, NamedTuple
 import msgspec
 from bench_common import at_least, command, cpu_model, now, output_options, result_path
 
-from device.schema import Job, Record, SlimpiError, Tweets, describe_file, encode, read_record, write_atomic
+from device.records import Record, SlimpiError, encode, read_record, write_atomic
+from device.schema import Job, Tweets, describe_file
 from pipeline.build import build
 from pipeline.deploy import run_job
 from pipeline.jobs import describe_dataset

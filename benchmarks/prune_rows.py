@@ -13,7 +13,7 @@ from typing import Literal
 
 from quality_rows import Conditions, Score, mean_interval
 
-from device.schema import Record
+from device.records import Record
 
 MIN_GAIN = 0.9
 SIZE_SLACK = 0.001

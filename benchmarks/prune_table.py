@@ -27,17 +27,8 @@ import prune_rows
 from bench_common import at_least, command, output_options, result_path
 from prune_rows import Accuracy, PruneRow, Pruning, SpeedPair
 
-from device.schema import (
-    Choices,
-    Job,
-    Provenance,
-    SlimpiError,
-    Throughput,
-    describe_file,
-    encode,
-    read_record,
-    write_atomic,
-)
+from device.records import SlimpiError, encode, read_record, write_atomic
+from device.schema import Choices, Job, Provenance, Throughput, describe_file
 from pipeline import checkpoint, quantize, sensitivity, sources
 from pipeline.build import build
 from pipeline.deploy import run_job

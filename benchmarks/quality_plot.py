@@ -9,7 +9,7 @@ from typing import Any
 
 from quality_rows import Quality, QualityRow, Score, log_kld, lower_hull, mean_interval
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 
 PEER = "llama-quantize"
 HULL = f"hull of {PEER}"

@@ -14,7 +14,8 @@ from typing import Literal
 
 from scipy import stats
 
-from device.schema import Provenance, Record, SlimpiError
+from device.records import Record, SlimpiError
+from device.schema import Provenance
 
 MAX_RATIO = 0.80
 CONFIDENCE = 0.95

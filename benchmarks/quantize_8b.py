@@ -26,7 +26,8 @@ from bench_common import at_least, command, cpu_model, now, output_options, resu
 from stream_8b import write_checkpoint
 
 from device.memory import parse_kib_fields
-from device.schema import Provenance, Record, encode, write_atomic
+from device.records import Record, encode, write_atomic
+from device.schema import Provenance
 from pipeline.build import build
 from pipeline.progress import Progressor, Tick
 from pipeline.recipes import Calibration, Golden, PlanTable, Recipe

@@ -31,7 +31,7 @@ from bench_common import at_least, command, cpu_model, now, output_options, resu
 from quantize_peers.common import Request, load_model, second_half
 
 from device.llama import LlamaModel
-from device.schema import Record, SlimpiError, encode, read_record, sha256_file, write_atomic
+from device.records import Record, SlimpiError, encode, read_record, sha256_file, write_atomic
 from pipeline import sources
 from pipeline.build import build
 from pipeline.progress import Progressor

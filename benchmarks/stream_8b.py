@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from pipeline.architectures import gguf_names, row_order, tensor_shapes
 from pipeline.checkpoint import CHUNK_BYTES, SHARD_BYTES, load, require_space
 from pipeline.export.gguf import export_gguf, gguf_tensors

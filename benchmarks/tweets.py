@@ -18,7 +18,9 @@ from statistics import fmean, stdev
 import msgspec
 from bench_common import at_least, command, cpu_model, now, output_options, result_path
 
-from device.schema import Artifact, Job, Record, Report, SlimpiError, Tweets, encode, read_record, write_atomic
+from device.records import Record, SlimpiError, encode, read_record, write_atomic
+from device.results import Report
+from device.schema import Artifact, Job, Tweets
 from device.words import Text
 from pipeline import sources
 from pipeline.build import build

@@ -24,27 +24,10 @@ from device.checks import warnings
 from device.cooling import Cooling, wait_cool
 from device.journal import Journal
 from device.process import Worker
+from device.records import SlimpiError, decode, encode, encode_line, write_atomic, write_remedy
+from device.results import Done, Event, Memory, Note, Report, TaskEnded, TaskResult, TaskStarted
 from device.sampler import Sampler, machine_reader
-from device.schema import (
-    Done,
-    Event,
-    File,
-    Job,
-    Memory,
-    Note,
-    Report,
-    SlimpiError,
-    Task,
-    TaskEnded,
-    TaskResult,
-    TaskStarted,
-    decode,
-    encode,
-    encode_line,
-    verify_file,
-    write_atomic,
-    write_remedy,
-)
+from device.schema import File, Job, Task, verify_file
 from device.tasks import TASKS, check_fit, task_name
 from device.wire import Failed, Finished, Request, Started
 

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
-from device.schema import Facts, Measurement, Memory, TracePoint
+from device.results import Facts, Measurement, Memory, TracePoint
 
 MAX_IDLE_BUSY_PERCENT = 10.0
 MAX_CLOCK_CHANGE = 0.03

@@ -20,9 +20,11 @@ import numpy as np
 from device.inputs import read_text
 from device.language import log_probs, refuse_eos
 from device.language_models import LanguageModel, open_language_model
+from device.records import SlimpiError, decode
+from device.results import Measurement, Sample
 from device.runtimes import Tokens
 from device.samples import Taken, measurement, values
-from device.schema import Choices, Job, Measurement, Question, Sample, SlimpiError, decode
+from device.schema import Choices, Job, Question
 from device.wire import Request, Series, Started
 
 N_OUTPUTS = 64  # positions of a batch that give logits; longer continuations go in pieces

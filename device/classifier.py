@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from device.records import SlimpiError
 from device.runtimes import Logits, OnnxSession, one_line
-from device.schema import DISTANCE, TOKENIZER, WORDS, Artifact, SlimpiError
+from device.schema import DISTANCE, TOKENIZER, WORDS, Artifact
 from device.words import INPUTS, ReadText, Text, WordReader, read_spec
 
 PADDING_TOKENS = ("[PAD]", "<pad>")

@@ -18,8 +18,9 @@ import numpy as np
 
 from device.agent import verify
 from device.classifier import OnnxClassifier
+from device.records import Record, SlimpiError, decode, encode_line
 from device.runtimes import Logits
-from device.schema import Prediction, Ready, Record, SlimpiError, Stream, decode, encode_line
+from device.schema import Prediction, Ready, Stream
 from device.tasks import check_classifier
 from device.words import Text
 from device.worker import claim_stdout, die_first

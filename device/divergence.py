@@ -20,9 +20,11 @@ import numpy as np
 from device.language import log_partition, n_scored, open_scoring, read_chunks, scored_rows, summarize_perplexity
 from device.language_models import LanguageModel, open_language_model
 from device.logits_file import CUT_NATS, Info, LogitsFile, Recording, Words, decode_row, encode_row
+from device.records import SlimpiError
+from device.results import Measurement, Sample
 from device.runtimes import Logits, Tokens
 from device.samples import Taken, measurement
-from device.schema import Divergence, Job, Measurement, RecordLogits, Sample, SlimpiError
+from device.schema import Divergence, Job, RecordLogits
 from device.wire import Request, Started
 
 DEFINITION = "llama-perplexity --kl-divergence"

@@ -12,7 +12,7 @@ from pathlib import Path
 from device import firmware
 from device.firmware import read
 from device.memory import parse_kib_fields
-from device.schema import Facts
+from device.results import Facts
 
 BUSY_WINDOW_S = 0.2
 SPIN_S = 0.1

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from device.llama import llama_api, new_thread_pool
-from device.schema import SlimpiError
+from device.records import SlimpiError
 
 Float32 = NDArray[np.float32]
 

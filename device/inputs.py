@@ -6,7 +6,8 @@ import csv
 from pathlib import Path
 from typing import TextIO
 
-from device.schema import Dataset, Job, SlimpiError
+from device.records import SlimpiError
+from device.schema import Dataset, Job
 from device.words import Text
 
 TEXT_COLUMNS = ("text", "sentence")

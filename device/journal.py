@@ -19,19 +19,9 @@ from typing import Any, Literal, cast
 
 import msgspec
 
-from device.schema import (
-    Event,
-    Job,
-    Record,
-    Sample,
-    Sha256,
-    SlimpiError,
-    TaskEnded,
-    TaskResult,
-    decode,
-    sync_folder,
-    write_remedy,
-)
+from device.records import Record, Sha256, SlimpiError, decode, sync_folder, write_remedy
+from device.results import Event, Sample, TaskEnded, TaskResult
+from device.schema import Job
 
 _EVENT = cast(Any, Event)  # a union is no type[...] to mypy
 

@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 from device.inputs import read_text
 from device.language_models import LanguageModel, open_language_model
 from device.llama import N_UBATCH
+from device.records import SlimpiError
+from device.results import Measurement, Sample
 from device.runtimes import Logits, Tokens
 from device.samples import Taken, measurement
-from device.schema import Job, Measurement, Perplexity, RecordLogits, Sample, SlimpiError
+from device.schema import Job, Perplexity, RecordLogits
 from device.wire import Request, Started
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 
 if TYPE_CHECKING:
     from device.runtimes import Logits, Tokens

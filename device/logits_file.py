@@ -27,8 +27,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from device.language import log_partition, n_scored
+from device.records import Count, Positive, Record, Sha256, SlimpiError, decode, sync_folder, write_remedy
 from device.runtimes import Logits, Tokens
-from device.schema import Count, Positive, Record, Sha256, SlimpiError, decode, sync_folder, write_remedy
 
 LOGITS_NAME = "reference.logits"
 CUT_NATS = 16.0

@@ -7,7 +7,7 @@ import resource
 import time
 from pathlib import Path
 
-from device.schema import Memory
+from device.results import Memory
 
 KIB = 1024
 _LOOK_EVERY_S = 1.0

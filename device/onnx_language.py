@@ -17,8 +17,8 @@ import msgspec
 import numpy as np
 
 from device.llama import N_UBATCH
+from device.records import Record, SlimpiError
 from device.runtimes import Logits, OnnxSession, Tokens
-from device.schema import Record, SlimpiError
 
 HABITS = "slimpi.vocabulary"
 """Key of the graph's metadata that holds a Habits record in JSON."""

@@ -14,9 +14,11 @@ from numpy.typing import NDArray
 from device.classifier import OnnxClassifier
 from device.inputs import read_text, read_texts
 from device.language_models import LanguageModel, open_language_model
+from device.records import SlimpiError, write_atomic
+from device.results import Measurement, Sample
 from device.runtimes import Logits, Tokens
 from device.samples import Taken, measurement
-from device.schema import Job, Measurement, Parity, RecordGolden, Sample, SlimpiError, write_atomic
+from device.schema import Job, Parity, RecordGolden
 from device.wire import Request, Started
 from device.words import Text
 

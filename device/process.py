@@ -16,7 +16,7 @@ from typing import Any, cast
 import msgspec
 
 from device.firmware import read
-from device.schema import SlimpiError, decode
+from device.records import SlimpiError, decode
 from device.wire import Message, Request
 
 _CHUNK_BYTES = 1 << 16

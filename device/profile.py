@@ -11,8 +11,9 @@ import time
 from collections.abc import Iterator
 
 from device.ggml import Backend, Products, Weights
+from device.results import Measurement, Sample
 from device.samples import Taken, measurement
-from device.schema import Job, Measurement, Profile, Sample
+from device.schema import Job, Profile
 from device.wire import Request, Started
 
 _MIB = 2**20

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 
 Tokens = NDArray[np.int32]
 Logits = NDArray[np.float32]

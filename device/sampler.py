@@ -10,7 +10,7 @@ from types import TracebackType
 from device import firmware
 from device.facts import busy_percent, parse_cpu_ticks
 from device.memory import parse_kib_fields
-from device.schema import TracePoint
+from device.results import TracePoint
 
 PERIOD_S = 1.0
 MAX_POINTS = 3600

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from device.schema import Job, Measurement, Sample
+from device.results import Measurement, Sample
+from device.schema import Job
 
 Taken = dict[str, list[Sample]]
 """All samples of one task by series, in order, warm-ups included."""

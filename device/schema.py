@@ -9,19 +9,12 @@ Units are part of every name. Raw samples are stored; means and errors are compu
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import hashlib
-import math
-import os
-import re
-from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal, TypeVar
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-import msgspec
 from msgspec import Meta
 
-SCHEMA_VERSION = 1
+from device.records import Count, Positive, Record, Sha256, SlimpiError, check_id, check_relative, sha256_file
 
 # Files of a classifier, by name: what reads its texts.
 TOKENIZER, WORDS = "tokenizer.json", "words.json"
@@ -29,22 +22,9 @@ TOKENIZER, WORDS = "tokenizer.json", "words.json"
 # Its graph's output of how far a text is from those it learned from, if it has one: (texts,) float32.
 DISTANCE = "distance"
 
-Sha256 = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 Provenance = Literal["measured", "emulated", "predicted", "host"]
 Kind = Literal["gguf", "onnx"]
 ModelTask = Literal["lm", "classifier"]
-Positive = Annotated[int, Meta(ge=1)]
-Count = Annotated[int, Meta(ge=0)]
-
-_SAFE_ID = re.compile(r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")
-
-
-class SlimpiError(Exception):
-    """The one user-facing error: what was wrong, with which value, and what to do. Exit code 1, no traceback."""
-
-
-class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Base of everything on the wire: immutable, keyword-only, unknown fields rejected."""
 
 
 class File(Record, frozen=True, kw_only=True):
@@ -323,241 +303,6 @@ class Prediction(Record, frozen=True, kw_only=True, omit_defaults=True):
     distance: float | None = None
 
 
-class Measurement(Record, frozen=True, kw_only=True):
-    """One metric's raw samples, warm-ups apart, with the conditions they hold under."""
-
-    metric: str
-    unit: str
-    samples: list[float]
-    warmup: list[float] = []
-    higher_is_better: bool
-    conditions: dict[str, Any] = {}
-    provenance: Provenance
-
-    @property
-    def n(self) -> int:
-        return len(self.samples)
-
-    @property
-    def mean(self) -> float:
-        return math.fsum(self.samples) / len(self.samples)
-
-    @property
-    def stderr(self) -> float:
-        """Standard error of the mean; NaN for fewer than two samples."""
-        if self.n < 2:
-            return math.nan
-        centre = self.mean
-        return math.sqrt(math.fsum((x - centre) ** 2 for x in self.samples) / (self.n - 1) / self.n)
-
-
-class Memory(Record, frozen=True, kw_only=True):
-    """Peak memory of one task's process. Anonymous and file-backed apart: a mapped GGUF inflates RSS."""
-
-    peak_rss_bytes: Count
-    peak_pss_bytes: Count
-    rss_anon_bytes: Count
-    rss_file_bytes: Count
-    swap_bytes: Count
-    major_faults: Count
-
-
-class Facts(Record, frozen=True, kw_only=True):
-    """What the machine said of itself at one moment. None = the machine does not tell."""
-
-    time_unix_s: float
-    machine: str
-    board: str
-    cpu: str
-    cores: Positive
-    os: str
-    kernel: str
-    python: str
-    page_size_bytes: Positive
-    mem_total_bytes: Count
-    mem_available_bytes: Count
-    swap_used_bytes: Count
-    load_1min: float
-    cpu_busy_percent: float
-    clock_mhz: float | None = None
-    governor: str | None = None
-    temperature_c: float | None = None
-    throttled_bits: int | None = None
-    runtimes: dict[str, str] = {}
-    board_revision: str | None = None
-    firmware: str | None = None
-    storage: str | None = None
-    swap_total_bytes: Count = 0
-    under_voltage_alarm: bool | None = None
-
-
-class TracePoint(Record, frozen=True, kw_only=True):
-    """What the machine said while a task ran, time_s after its worker started; about one a second."""
-
-    time_s: float
-    clock_mhz: float | None = None
-    temperature_c: float | None = None
-    throttled_bits: int | None = None
-    cpu_busy_percent: float | None = None
-    mem_available_bytes: Count = 0
-    worker_rss_bytes: Count = 0
-    worker_rss_anon_bytes: Count = 0
-    power_w: float | None = None
-
-
-class TaskResult(Record, frozen=True, kw_only=True):
-    """What one task gave: measurements, or the error that ended it, and what it was run in.
-
-    duration_s counts from started_unix_s; waiting to cool (cool_wait_s) comes before. worker_peak_rss_bytes is known
-    even of a worker that was killed. trace_cpu_s: CPU time that taking the trace cost, on any core.
-    """
-
-    task: Task
-    status: Literal["ok", "failed"]
-    error: str = ""
-    measurements: list[Measurement] = []
-    memory: Memory | None = None
-    facts_before: Facts
-    facts_after: Facts
-    duration_s: float
-    resumed: bool = False
-    warnings: list[str] = []
-    started_unix_s: float = 0.0
-    cool_wait_s: float = 0.0
-    worker_peak_rss_bytes: Count = 0
-    trace: list[TracePoint] = []
-    trace_cpu_s: float = 0.0
-
-
-class Report(Record, frozen=True, kw_only=True):
-    """report.json: the answer to one job."""
-
-    schema: Literal[1] = 1
-    job_id: str
-    artifact: Artifact
-    threads: Positive
-    provenance: Provenance
-    results: list[TaskResult]
-
-
-class Sample(Record, frozen=True, kw_only=True, tag="sample", tag_field="event"):
-    """One value as it is taken. `index` counts within (task, series); a resumed task starts at the next one."""
-
-    task: Count
-    series: str
-    index: Count
-    value: float
-    warmup: bool = False
-
-
-class TaskStarted(Record, frozen=True, kw_only=True, tag="task_started", tag_field="event"):
-    task: Count
-    name: str
-    total: Count
-    facts: Facts
-
-
-class TaskEnded(Record, frozen=True, kw_only=True, tag="task_ended", tag_field="event"):
-    task: Count
-    result: TaskResult
-
-
-class Note(Record, frozen=True, kw_only=True, tag="note", tag_field="event"):
-    """Something worth saying while a job runs; no measurement hangs on it."""
-
-    message: str
-
-
-class Done(Record, frozen=True, kw_only=True, tag="done", tag_field="event"):
-    report: Report
-
-
-Event = Sample | TaskStarted | TaskEnded | Note | Done
-
-R = TypeVar("R")
-
-
-def check_id(value: str) -> None:
-    """Ids become folder names: letters, digits, dot, dash, underscore; no separators, no leading dot."""
-    if not _SAFE_ID.match(value):
-        raise ValueError(f"id {value[:80]!r} is not a plain name")
-
-
-def check_relative(value: str) -> None:
-    """Refuse paths that could leave their folder (absolute, `..`, backslash, NUL, empty)."""
-    path = PurePosixPath(value)
-    bad = not value or path.is_absolute() or ".." in path.parts or "\\" in value or "\0" in value
-    if bad or str(path) != value or value == ".":
-        raise ValueError(f"path {value[:120]!r} must be relative and stay inside its folder")
-
-
-def decode(data: bytes | str, kind: type[R], origin: str) -> R:
-    """JSON to a record; SlimpiError names the origin and the offending field."""
-    try:
-        return msgspec.json.decode(data, type=kind, strict=True)
-    except (msgspec.ValidationError, msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-        raise SlimpiError(
-            f"{origin} is not a valid {_name(kind)}: {error}. "
-            f"It must be written by slimpi with schema version {SCHEMA_VERSION}."
-        ) from error
-
-
-def encode(record: Record) -> bytes:
-    """A record as indented JSON with a final newline, for files people read."""
-    return msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n"
-
-
-def encode_line(record: Record) -> bytes:
-    """A record as one JSON line, for streams."""
-    return msgspec.json.encode(record) + b"\n"
-
-
-def read_record(path: Path, kind: type[R]) -> R:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise SlimpiError(f"cannot read {path}: {error.strerror}. Check the path.") from error
-    return decode(data, kind, str(path))
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all: temporary name, fsync, rename, fsync of the folder."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as out:
-            out.write(data)
-            out.flush()
-            os.fsync(out.fileno())
-        partial.replace(path)
-        sync_folder(path.parent)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise SlimpiError(f"cannot write {path}: {error.strerror}. {write_remedy(error)}") from error
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames and new files in a folder survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_remedy(error: OSError) -> str:
-    """What to do about a file that cannot be written."""
-    if error.errno in (errno.EIO, errno.EROFS):
-        return "The disk is failing or mounted read-only: check it (dmesg), replace the card if need be."
-    return "Free some space or fix permissions."
-
-
-def sha256_file(path: Path) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
 def describe_file(folder: Path, relative: str) -> File:
     path = folder / relative
     return File(path=relative, sha256=sha256_file(path), size_bytes=path.stat().st_size)
@@ -579,7 +324,3 @@ def verify_file(folder: Path, file: File) -> Path:
             f"{path} has sha256 {digest[:16]}..., expected {file.sha256[:16]}.... Build or send it again."
         )
     return path
-
-
-def _name(kind: Any) -> str:
-    return getattr(kind, "__name__", "event")

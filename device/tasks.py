@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+from device.records import SlimpiError
+from device.results import Measurement, Sample
 from device.samples import Taken
 from device.schema import (
     TOKENIZER,
@@ -16,14 +18,11 @@ from device.schema import (
     Choices,
     Divergence,
     Job,
-    Measurement,
     Parity,
     Perplexity,
     Profile,
     RecordGolden,
     RecordLogits,
-    Sample,
-    SlimpiError,
     Task,
     Throughput,
     Tweets,

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator
 
 from device.language_models import RUNTIMES, LanguageModel, open_language_model
 from device.llama import N_BATCH
+from device.results import Measurement, Sample
 from device.samples import Taken, measurement
-from device.schema import Job, Measurement, Sample, Throughput
+from device.schema import Job, Throughput
 from device.wire import Request, Started
 
 N_LOADS = 3

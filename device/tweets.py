@@ -8,8 +8,10 @@ from pathlib import Path
 
 from device.classifier import OnnxClassifier
 from device.inputs import read_columns
+from device.records import SlimpiError
+from device.results import Measurement, Sample
 from device.samples import Taken, from_values, measurement, values
-from device.schema import Artifact, Job, Measurement, Sample, SlimpiError, Tweets
+from device.schema import Artifact, Job, Tweets
 from device.wire import Request, Started
 from device.words import Text
 

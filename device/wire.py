@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from device.schema import Count, Job, Memory, Note, Record, Sample, Task
+from device.records import Count, Record
+from device.results import Memory, Note, Sample
+from device.schema import Job, Task
 
 Series = Literal[
     "nll",

@@ -23,7 +23,8 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import Meta
 
-from device.schema import WORDS, Record, SlimpiError, read_record
+from device.records import Record, SlimpiError, read_record
+from device.schema import WORDS
 from device.text import NUMBERS, STEPS, clean, split_words
 
 PADDING, UNKNOWN = 0, 1

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from device.memory import MemoryWatch
-from device.schema import Memory, SlimpiError, decode, encode_line
+from device.records import SlimpiError, decode, encode_line
+from device.results import Memory
 from device.tasks import TASKS
 from device.wire import Failed, Finished, Message, Request, Started
 

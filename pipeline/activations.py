@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 
 Float32 = npt.NDArray[np.float32]
 Take = Callable[[str, int, Float32], None]

@@ -12,7 +12,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from pipeline.layers import Fold
 
 Config = dict[str, Any]

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from pipeline import remote, transport
 from pipeline.remote import Device, Goods, printable
 from pipeline.store import Places, digest

@@ -8,15 +8,8 @@ from pathlib import Path
 
 import msgspec
 
-from device.schema import (
-    Artifact,
-    Golden,
-    Job,
-    RecordGolden,
-    SlimpiError,
-    describe_file,
-    sha256_file,
-)
+from device.records import SlimpiError, sha256_file
+from device.schema import Artifact, Golden, Job, RecordGolden, describe_file
 from pipeline import sources
 from pipeline.deploy import run_job
 from pipeline.exporter import Context, Exporter, Made, Prepared

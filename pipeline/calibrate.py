@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from pipeline.activations import MIN_N_CTX, Float32, Tap, check_counts, cut, decode, open_session
 from pipeline.native import emit, run_fresh, serve
 

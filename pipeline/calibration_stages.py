@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from device.schema import Step, sha256_file
+from device.records import sha256_file
+from device.schema import Step
 from pipeline import calibrate, checkpoint, hessians, quantize, sensitivity, sources
 from pipeline.export import llama_quantize
 from pipeline.exporter import Context

@@ -22,7 +22,7 @@ import gguf
 import numpy as np
 import torch
 
-from device.schema import SlimpiError, sha256_file
+from device.records import SlimpiError, sha256_file
 from pipeline.architectures import (
     ARCHITECTURES,
     ROPE_FACTORS,

@@ -15,16 +15,8 @@ from pathlib import Path
 
 import msgspec
 
-from device.schema import (
-    Artifact,
-    Prediction,
-    Ready,
-    SlimpiError,
-    Stream,
-    decode,
-    encode_line,
-    write_remedy,
-)
+from device.records import SlimpiError, decode, encode_line, write_remedy
+from device.schema import Artifact, Prediction, Ready, Stream
 from device.words import Text
 from pipeline import board, deploy, fit, remote, transport
 from pipeline.hosts import LOCAL, Host

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
-from device.schema import Event, Note, Report, Sample, SlimpiError, TaskEnded, TaskStarted, read_record
+from device.records import SlimpiError, read_record
+from device.results import Event, Note, Report, Sample, TaskEnded, TaskStarted
 from pipeline import cli_tweets
 from pipeline.options import (
     Again,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from device.schema import write_atomic
+from device.records import write_atomic
 from pipeline.options import (
     ExplorePage,
     OneArtifact,

@@ -15,7 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from device.schema import Artifact, Choices, Measurement, Memory, Report, SlimpiError, TaskResult
+from device.records import SlimpiError
+from device.results import Measurement, Memory, Report, TaskResult
+from device.schema import Artifact, Choices
 from pipeline.compare_choices import ChoiceScores, choice_scores
 from pipeline.energy import Energy, Reading, of_task
 from pipeline.paired import Difference, accuracy_difference, paired_difference

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from device.schema import Choices, Measurement, Report
+from device.results import Measurement, Report
+from device.schema import Choices
 from pipeline.paired import Difference, accuracy_difference
 
 

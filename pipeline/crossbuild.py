@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
-from device.schema import Record, SlimpiError, sha256_file
+from device.records import Record, SlimpiError, sha256_file
 from pipeline.progress import Tick, quiet
 from pipeline.store import digest, whole_folder
 

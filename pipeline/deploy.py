@@ -18,26 +18,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from device import schema
-from device.schema import (
-    Artifact,
-    Choices,
-    Divergence,
-    Done,
-    Event,
-    File,
-    Job,
-    Perplexity,
-    Profile,
-    Provenance,
-    Report,
-    SlimpiError,
-    Task,
-    Tweets,
-    decode,
-    encode,
-    sha256_file,
-    write_atomic,
-)
+from device.records import SlimpiError, decode, encode, sha256_file, write_atomic
+from device.results import Done, Event, Report
+from device.schema import Artifact, Choices, Divergence, File, Job, Perplexity, Profile, Provenance, Task, Tweets
 from pipeline import board, energy, fit, follow, hosts, remote
 from pipeline.hosts import LOCAL, Host
 from pipeline.jobs import bench_settings, tasks_for

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 
 MAGIC = b"\x7fELF"
 EM_AARCH64 = 183

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 
 
 @dataclass(frozen=True)

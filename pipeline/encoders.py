@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from pipeline.encoder_parts import attach_kept_heads
 from pipeline.pooling import attach_pooling
 

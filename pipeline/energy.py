@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from device.schema import SlimpiError, TaskResult, TracePoint
+from device.records import SlimpiError
+from device.results import TaskResult, TracePoint
 
 MAX_GAP_S = 10.0
 PERIOD_S = 1.0

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from device.schema import SlimpiError, Step
+from device.records import SlimpiError
+from device.schema import Step
 from pipeline import checkpoint, quantize
 from pipeline.calibration_stages import WITH_IMPORTANCE, importance_matrix, stats_for
 from pipeline.export import gguf as gguf_export

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import msgspec
 
-from device.schema import SlimpiError, Step, encode, read_record, sha256_file, write_atomic
+from device.records import SlimpiError, encode, read_record, sha256_file, write_atomic
+from device.schema import Step
 from pipeline import pruning_onnx, sources
 from pipeline.encoders import load_encoder, save_encoder
 from pipeline.export import onnx, onnx_observe

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from device.schema import Fallback, SlimpiError, Step
+from device.records import SlimpiError
+from device.schema import Fallback, Step
 from pipeline import checkpoint, quantize
 from pipeline.architectures import gguf_names, row_order
 from pipeline.calibration_stages import stats_for

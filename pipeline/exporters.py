@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from pipeline.exporter import Exporter
 from pipeline.exporter_gguf import GGUF
 from pipeline.exporter_onnx import ONNX

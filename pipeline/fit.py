@@ -15,18 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from device.schema import (
-    Artifact,
-    Choices,
-    Divergence,
-    Perplexity,
-    Profile,
-    RecordLogits,
-    SlimpiError,
-    Task,
-    Throughput,
-    Tweets,
-)
+from device.records import SlimpiError
+from device.schema import Artifact, Choices, Divergence, Perplexity, Profile, RecordLogits, Task, Throughput, Tweets
 
 MIB = 2**20
 MARGIN = 1.05

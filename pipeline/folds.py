@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from pipeline.layers import Fold, Layer, Stats
 
 

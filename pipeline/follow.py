@@ -8,7 +8,9 @@ from typing import Annotated, Any, cast
 import msgspec
 from msgspec import Meta
 
-from device.schema import Done, Event, Job, Measurement, Note, Record, Report, SlimpiError, TaskStarted, decode
+from device.records import Record, SlimpiError, decode
+from device.results import Done, Event, Measurement, Note, Report, TaskStarted
+from device.schema import Job
 from pipeline import remote, transport
 from pipeline.remote import Device, printable
 

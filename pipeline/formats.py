@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 
 Range = tuple[int, int]
 """Smallest and largest integer, both included."""

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import gguf
 import numpy as np
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 
 Value = bool | int | float | str | list[bool] | list[int] | list[float] | list[str]
 

@@ -9,7 +9,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from pipeline.architectures import (
     ARCHITECTURES,
     Config,

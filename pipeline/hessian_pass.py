@@ -18,7 +18,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from device.schema import File, Record, describe_file, encode, read_record, write_atomic
+from device.records import Record, encode, read_record, write_atomic
+from device.schema import File, describe_file
 from pipeline.activations import MIN_N_CTX, Float32, Session, Tap, check_counts, cut, decode, open_session
 from pipeline.native import emit, serve
 

@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from device.schema import File, SlimpiError, read_record, sha256_file, verify_file, write_atomic
+from device.records import SlimpiError, read_record, sha256_file, write_atomic
+from device.schema import File, verify_file
 from pipeline.activations import MIN_N_CTX, Float32
 from pipeline.hessian_pass import FORMAT_VERSION, INDEX, KEY, LAYERS, PROGRESS, Index, Input
 from pipeline.layers import Stats

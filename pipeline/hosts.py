@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from device.schema import Provenance, SlimpiError
+from device.records import SlimpiError
+from device.schema import Provenance
 from pipeline.progress import Progressor
 from pipeline.store import Places
 

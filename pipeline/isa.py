@@ -29,7 +29,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from device.schema import SlimpiError, check_relative
+from device.records import SlimpiError, check_relative
 from pipeline import a64, elf
 from pipeline.emulator import host
 from pipeline.emulator.rootfs import run_user

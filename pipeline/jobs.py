@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from device.records import SlimpiError, sha256_file, write_atomic
 from device.schema import (
     Artifact,
     Choices,
@@ -21,12 +22,9 @@ from device.schema import (
     Parity,
     Perplexity,
     Profile,
-    SlimpiError,
     Task,
     Throughput,
     Tweets,
-    sha256_file,
-    write_atomic,
 )
 from pipeline import questions, sources
 from pipeline.recipes import Bench

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 
 
 @contextmanager

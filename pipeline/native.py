@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 
 ERROR_PREFIX = "slimpi-error: "
 KEPT_LINES = 6

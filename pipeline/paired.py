@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 
 CONFIDENCE = 0.95
 

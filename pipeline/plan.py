@@ -14,7 +14,8 @@ from pathlib import Path
 
 import gguf
 
-from device.schema import Fallback, SlimpiError
+from device.records import SlimpiError
+from device.schema import Fallback
 from pipeline.export import llama_quantize
 from pipeline.fit import largest_file_bytes
 from pipeline.formats import FORMATS, Format

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from pipeline import plan, plan_milp
 from pipeline.plan import Base, Plan
 from pipeline.plan_milp import Choice, Table

@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
-from device.schema import Product, Profile, Report, SlimpiError, write_atomic
+from device.records import SlimpiError, write_atomic
+from device.results import Report
+from device.schema import Product, Profile
 from pipeline.formats import FORMATS
 from pipeline.layers import Layer, Method, Stats
 from pipeline.methods import llama_codes

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from device.schema import Record, SlimpiError, write_atomic
+from device.records import Record, SlimpiError, write_atomic
 from pipeline.plan_search import Formats, Genome, Space, number
 from pipeline.progress import Tick, quiet
 from pipeline.store import digest

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 
 Table = Mapping[str, Mapping[str, float]]
 """{tensor: {format: number}}: errors, bytes or nanoseconds."""

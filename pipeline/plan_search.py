@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from pipeline.plan import Sizes
 
 Formats = dict[str, str]

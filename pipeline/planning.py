@@ -8,7 +8,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from device.schema import Report, SlimpiError, Step, read_record
+from device.records import SlimpiError, read_record
+from device.results import Report
+from device.schema import Step
 from pipeline import checkpoint, plan_costs, predicted_costs, quantize, sensitivity
 from pipeline import plan as plans
 from pipeline.calibration_stages import importance_matrix, output_sensitivity

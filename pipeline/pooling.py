@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 
 KEY = "slimpi_pooling"
 MEAN = "mean"

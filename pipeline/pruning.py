@@ -9,7 +9,8 @@ from typing import Any
 
 import msgspec
 
-from device.schema import Step, sha256_file
+from device.records import sha256_file
+from device.schema import Step
 from pipeline import checkpoint, quantize, sensitivity, sources
 from pipeline.export import gguf as gguf_export
 from pipeline.exporter import Context, Prepared

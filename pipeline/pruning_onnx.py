@@ -14,7 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from device.schema import SlimpiError, Step, sha256_file
+from device.records import SlimpiError, sha256_file
+from device.schema import Step
 from pipeline import encoder_parts, quantize
 from pipeline.encoders import load_encoder, save_encoder
 from pipeline.export import onnx

@@ -16,7 +16,7 @@ import gguf
 import numpy as np
 import torch
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from pipeline.architectures import layer_folds
 from pipeline.checkpoint import Checkpoint, Tensor
 from pipeline.export.gguf import Encode, EncodedTensor, gguf_tensors

@@ -18,7 +18,8 @@ from typing import Any
 
 import msgspec
 
-from device.schema import Question, SlimpiError, decode, sha256_file
+from device.records import SlimpiError, decode, sha256_file
+from device.schema import Question
 from pipeline import sources
 
 DEMO = "demo:questions.jsonl"

@@ -7,23 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from device.schema import (
-    Dataset,
-    Divergence,
-    Event,
-    File,
-    Job,
-    Record,
-    RecordLogits,
-    Report,
-    Sample,
-    SlimpiError,
-    TaskStarted,
-    describe_file,
-    encode,
-    read_record,
-    write_atomic,
-)
+from device.records import Record, SlimpiError, encode, read_record, write_atomic
+from device.results import Event, Report, Sample, TaskStarted
+from device.schema import Dataset, Divergence, File, Job, RecordLogits, describe_file
 from pipeline.deploy import OnEvent, run_job
 from pipeline.jobs import bench_settings, describe_dataset
 from pipeline.progress import Progressor, Tick

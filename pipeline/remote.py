@@ -19,7 +19,8 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 from msgspec import Meta
 
-from device.schema import File, Job, Record, Sha256, SlimpiError, decode
+from device.records import Record, Sha256, SlimpiError, decode
+from device.schema import File, Job
 from pipeline import first_contact, transport
 from pipeline.hosts import Host
 from pipeline.progress import Progressor

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 
 DTYPES = {
     "F32": torch.float32,

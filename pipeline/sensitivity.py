@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from pipeline.architectures import gguf_names, row_order
 from pipeline.checkpoint import Checkpoint
 from pipeline.layers import Stats

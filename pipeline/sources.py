@@ -30,7 +30,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from device.schema import SlimpiError, check_relative, sha256_file
+from device.records import SlimpiError, check_relative, sha256_file
 from pipeline.locks import locked
 
 HUB_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")

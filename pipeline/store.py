@@ -16,17 +16,8 @@ from typing import Any
 import msgspec
 
 from device import text, words
-from device.schema import (
-    Artifact,
-    File,
-    SlimpiError,
-    check_id,
-    describe_file,
-    encode,
-    read_record,
-    verify_file,
-    write_atomic,
-)
+from device.records import SlimpiError, check_id, encode, read_record, write_atomic
+from device.schema import Artifact, File, describe_file, verify_file
 from pipeline.locks import locked
 
 # Modules that show, move or check things; a change in them does not change an artifact. All others do.

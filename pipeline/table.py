@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from device.schema import Artifact, Report
+from device.results import Report
+from device.schema import Artifact
 from pipeline.compare import (
     Row,
     answer,

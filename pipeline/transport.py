@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from pipeline.hosts import Host
 from pipeline.progress import Tick, quiet
 

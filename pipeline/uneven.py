@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from pipeline.architectures import ARCHITECTURES, Config, tensor_shapes
 from pipeline.checkpoint import Checkpoint, Tensor, held
 from pipeline.gguf_keys import check_layers, check_lists

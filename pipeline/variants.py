@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from pipeline.export.llama_quantize import VARIANTS
 from pipeline.formats import FORMATS
 from pipeline.methods import METHODS

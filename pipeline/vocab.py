@@ -13,7 +13,7 @@ from typing import Any
 
 import tokenizers
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from pipeline.gguf_file import Value
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6

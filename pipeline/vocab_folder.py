@@ -10,7 +10,7 @@ from typing import Any
 
 import tokenizers
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from pipeline.gguf_file import Value
 from pipeline.vocab import (
     BYTE,

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 import device
-from device.schema import Record, SlimpiError, encode, read_record, sha256_file, write_atomic
+from device.records import Record, SlimpiError, encode, read_record, sha256_file, write_atomic
 from pipeline import a64, crossbuild, isa
 from pipeline.crossbuild import Build, CompilerName, Glibc
 from pipeline.emulator import host as emulator_host

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from pipeline.emulator import user_rootfs
 from pipeline.progress import Progressor
 from pipeline.store import places

@@ -17,7 +17,8 @@ import psutil
 from fakes import TEXT, World, artifact
 from jobs import REPO
 
-from device.schema import Dataset, Job, Perplexity, describe_file, encode
+from device.records import encode
+from device.schema import Dataset, Job, Perplexity, describe_file
 
 DEPOT = [sys.executable, str(REPO / "device" / "depot.py")]
 

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from device.schema import Artifact, Dataset, Job, Task, describe_file, encode
+from device.records import encode
+from device.schema import Artifact, Dataset, Job, Task, describe_file
 from device.words import WordSpec
 
 TEXT = (

@@ -13,10 +13,11 @@ from typing import Any
 from fakes import TEXT, World, artifact
 
 from device import agent
+from device.records import encode
+from device.results import Event, Report
 from device.schema import (
     Choices,
     Divergence,
-    Event,
     Golden,
     Job,
     Parity,
@@ -25,10 +26,8 @@ from device.schema import (
     Profile,
     RecordGolden,
     RecordLogits,
-    Report,
     Throughput,
     Tweets,
-    encode,
 )
 
 REPO = Path(__file__).resolve().parent.parent

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import pytest
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from pipeline import sources
 from pipeline.export.llama_quantize import quantize_gguf
 from pipeline.recipes import read_recipe

@@ -10,7 +10,8 @@ import msgspec
 import pytest
 from fakes import TEXT, LlamaShape, artifact, write_llama
 
-from device.schema import Event, Report, SlimpiError
+from device.records import SlimpiError
+from device.results import Event, Report
 from pipeline import deploy, remote
 from pipeline.hosts import Host
 from pipeline.progress import Progressor

@@ -17,22 +17,9 @@ from fakes import TEXT, TWEETS, World, artifact, write_llama
 from jobs import FAKES, golden_job, long_perplexity, run, start_agent
 
 from device import agent, facts
-from device.schema import (
-    Done,
-    Event,
-    Note,
-    Parity,
-    Perplexity,
-    RecordGolden,
-    Report,
-    Sample,
-    TaskEnded,
-    TaskResult,
-    TaskStarted,
-    Throughput,
-    Tweets,
-    read_record,
-)
+from device.records import read_record
+from device.results import Done, Event, Note, Report, Sample, TaskEnded, TaskResult, TaskStarted
+from device.schema import Parity, Perplexity, RecordGolden, Throughput, Tweets
 from device.tasks import TASKS
 
 

@@ -17,10 +17,12 @@ import pytest
 from fakes import World
 from jobs import REPO, long_perplexity, run
 
-from device import agent, facts, journal, schema
+from device import agent, facts, journal, records
 from device.journal import Journal
 from device.process import Worker
-from device.schema import Event, Perplexity, Report, Sample, SlimpiError, Throughput, encode, read_record
+from device.records import SlimpiError, encode, read_record
+from device.results import Event, Report, Sample
+from device.schema import Perplexity, Throughput
 from device.wire import Request
 
 MB = 1_000_000
@@ -180,7 +182,7 @@ def test_a_failing_card_is_named(world: World, monkeypatch: pytest.MonkeyPatch, 
         with pytest.raises(SlimpiError, match=r"journal\.jsonl: .*(Input/output|Read-only).*check it \(dmesg\)"):
             open_journal.append([Sample(task=0, series="nll", index=0, value=1.0)])
     with pytest.raises(SlimpiError, match=r"cannot write .*report\.json: .*check it \(dmesg\)"):
-        schema.write_atomic(world.root / "report.json", b"{}")
+        records.write_atomic(world.root / "report.json", b"{}")
     monkeypatch.undo()
     monkeypatch.setattr(Path, "read_bytes", fail)
     with pytest.raises(SlimpiError, match=r"cannot read .*journal\.jsonl: .*check it"):

@@ -15,7 +15,8 @@ from fakes import LlamaShape, World, artifact, write_csv
 from jobs import FAKES, REPO, golden_job, run
 
 from device import agent, facts
-from device.schema import Job, Parity, Perplexity, SlimpiError, Throughput, Tweets, decode, encode
+from device.records import SlimpiError, decode, encode
+from device.schema import Job, Parity, Perplexity, Throughput, Tweets
 
 
 @pytest.fixture(autouse=True)

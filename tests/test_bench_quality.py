@@ -18,7 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import save_tiny
 
-from device.schema import Dataset, File, Measurement, SlimpiError, decode, encode, read_record
+from device.records import SlimpiError, decode, encode, read_record
+from device.results import Measurement
+from device.schema import Dataset, File
 
 TESTS = Path(__file__).parent
 sys.path.insert(0, str(TESTS.parent / "benchmarks"))  # scripts, not a package

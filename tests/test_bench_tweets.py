@@ -8,7 +8,7 @@ import pytest
 import tweets
 from toy_tweets import toy_tweets
 
-from device.schema import SlimpiError, read_record
+from device.records import SlimpiError, read_record
 from pipeline.progress import Progressor
 from pipeline.recipes import Recipe
 from pipeline.store import Places

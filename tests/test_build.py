@@ -9,7 +9,8 @@ import pytest
 import torch
 from tiny_models import save_tiny
 
-from device.schema import Artifact, SlimpiError
+from device.records import SlimpiError
+from device.schema import Artifact
 from pipeline import deploy
 from pipeline.build import build
 from pipeline.compare import rows

@@ -12,7 +12,7 @@ from fakes import LlamaShape, llama_weights, write_llama
 from llama_cpp_side import llama_tokens
 from reference import llama_logits
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from pipeline.calibrate import collect_importance, load_importance
 
 N_CTX = 32

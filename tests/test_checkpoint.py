@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from pipeline import checkpoint as checkpoint_module
 from pipeline.checkpoint import Checkpoint, load, save
 from pipeline.export.gguf import EncodedTensor, export_gguf, read_gguf_types

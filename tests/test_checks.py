@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from device import checks
-from device.schema import Facts, Measurement, Memory, TracePoint
+from device.results import Facts, Measurement, Memory, TracePoint
 
 CALM = Facts(
     time_unix_s=0.0,

@@ -27,7 +27,9 @@ from device.choices import SERIES, log_likelihoods, outcome, tokenize_pair
 from device.language_models import LanguageModel
 from device.llama import LlamaModel
 from device.onnx_language import OnnxLanguageModel
-from device.schema import Choices, Event, Job, Measurement, Question, Sample, SlimpiError, decode, encode_line
+from device.records import SlimpiError, decode, encode_line
+from device.results import Event, Measurement, Sample
+from device.schema import Choices, Job, Question
 from device.tasks import TASKS
 from device.wire import Request, Started
 from pipeline import questions

@@ -17,7 +17,8 @@ from jobs import golden_job, run
 
 from device import facts
 from device.classifier import MAX_PADDING, OnnxClassifier, batches
-from device.schema import Artifact, Job, Parity, RecordGolden, SlimpiError, Tweets, encode
+from device.records import SlimpiError, encode
+from device.schema import Artifact, Job, Parity, RecordGolden, Tweets
 from device.words import Text
 
 ODD = ["", " ", "\0", "a\0b", "\U0001f525\U0001f525 fire", "x" * 10_000, "fire " * 2_000, "\u202efire\u202c", "\ufeff"]

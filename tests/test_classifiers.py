@@ -16,7 +16,7 @@ import torch
 from toy_tweets import ODD, save_toy_encoder, toy_settings, toy_tweets, write_vectors
 
 from device.parity import kl_divergence
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from device.words import WordSpec, read_spec
 from pipeline.export.onnx import describe_onnx, make_variant, one_thread
 from pipeline.export.onnx_graph import Graph

@@ -27,7 +27,8 @@ from jobs import REPO
 
 from device import classify as device_classify
 from device.classifier import OnnxClassifier
-from device.schema import Prediction, Ready, SlimpiError, Stream, encode_line
+from device.records import SlimpiError, encode_line
+from device.schema import Prediction, Ready, Stream
 from device.words import Text
 from pipeline import classify, transport
 from pipeline.classify import parse_line, read_texts

@@ -13,7 +13,7 @@ from classify_rows import MIN_PAIRS, OPTIMUM_FILE, LatencyRow, pair_ratios, verd
 from fakes import TWEETS, artifact, write_classifier, write_csv
 
 from device.classifier import OnnxClassifier
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from device.words import Text
 from pipeline.store import Places, write_manifest
 

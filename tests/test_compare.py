@@ -10,18 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from device.schema import (
-    Artifact,
-    Dataset,
-    Facts,
-    File,
-    Measurement,
-    Perplexity,
-    Report,
-    SlimpiError,
-    TaskResult,
-    Throughput,
-)
+from device.records import SlimpiError
+from device.results import Facts, Measurement, Report, TaskResult
+from device.schema import Artifact, Dataset, File, Perplexity, Throughput
 from pipeline.compare import (
     accuracy_difference,
     answer,

@@ -16,7 +16,7 @@ import torch
 from gguf import GGMLQuantizationType as GgmlType
 
 from benchmarks import stream_8b
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from pipeline.checkpoint import Checkpoint, Tensor, held, load
 from pipeline.export.gguf import EncodedTensor, export_gguf, gguf_tensors, read_gguf_types
 from pipeline.formats import FORMATS, bits_per_weight

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import f1_score
 from toy_tweets import toy_settings, toy_tweets, write_vectors
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from pipeline.progress import quiet
 from pipeline.tweets import crossval
 from pipeline.tweets.calibration import (

@@ -20,7 +20,8 @@ import remote_jobs
 import sshd
 from remote_jobs import make_artifact, run_on, samples, text_file, try_on
 
-from device.schema import Done, Event, Sample, SlimpiError, TaskStarted
+from device.records import SlimpiError
+from device.results import Done, Event, Sample, TaskStarted
 from pipeline import deploy, remote, transport
 from pipeline.compare import rows
 from pipeline.hosts import LOCAL, Host

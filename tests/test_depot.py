@@ -18,8 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jobs import REPO
 
-from device import depot, depot_base, schema
-from device.schema import SlimpiError, check_relative
+from device import depot, depot_base, records
+from device.records import SlimpiError, check_relative
 
 
 @pytest.fixture
@@ -232,6 +232,6 @@ def test_the_depot_needs_nothing_but_python() -> None:
 
 
 def test_schema_and_depot_share_their_ids() -> None:
-    assert depot_base.PLAIN.pattern in schema._SAFE_ID.pattern
+    assert depot_base.PLAIN.pattern in records._SAFE_ID.pattern
     with pytest.raises((ValueError, SlimpiError)):
-        schema.check_id("../x")
+        records.check_id("../x")

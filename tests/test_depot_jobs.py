@@ -17,7 +17,8 @@ import pytest
 from depots import DEPOT, Depot, processes_of
 
 from device import depot_base, depot_jobs
-from device.schema import Done, Event, encode
+from device.records import encode
+from device.results import Done, Event
 
 
 @pytest.fixture

@@ -22,18 +22,9 @@ from device import facts, logits_file
 from device.divergence import score_row
 from device.language import n_scored
 from device.logits_file import CUT_NATS, LOGITS_NAME, LogitsFile, decode_row, encode_row
-from device.schema import (
-    Dataset,
-    Divergence,
-    Job,
-    Measurement,
-    Perplexity,
-    RecordLogits,
-    Sample,
-    SlimpiError,
-    Task,
-    TaskResult,
-)
+from device.records import SlimpiError
+from device.results import Measurement, Sample, TaskResult
+from device.schema import Dataset, Divergence, Job, Perplexity, RecordLogits, Task
 from device.tasks import TASKS
 from device.wire import Request, Started
 from pipeline.export.llama_quantize import quantize_gguf

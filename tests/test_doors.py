@@ -12,7 +12,7 @@ from fakes import write_llama
 
 REPO = Path(__file__).resolve().parent.parent
 RUNTIMES = {"llama_cpp", "onnxruntime"}
-PURE = ("device.schema", "device.text", "device.words")
+PURE = ("device.records", "device.results", "device.schema", "device.text", "device.words")
 DEVICE_MAY = {"device", "msgspec", "numpy", "psutil", "tokenizers"} | RUNTIMES | sys.stdlib_module_names
 
 

@@ -16,7 +16,7 @@ from gensim.models import KeyedVectors
 from hypothesis import given
 from hypothesis import strategies as st
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from pipeline.tweets.embeddings import NAMED, Vectors, embedding_table, read_vectors, train_vectors
 from pipeline.tweets.vector_files import LAYOUTS, murmur_hash_64a, spacy_hash
 from tests.real_models import CACHE

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from pipeline.emulator import ALIAS, Image, Running, boot, build, cut_power, host, run_user, shut_down, status
 from pipeline.emulator.rootfs import PYTHON, user_rootfs
 from pipeline.progress import Progressor

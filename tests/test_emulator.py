@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from pipeline.emulator import ALIAS, Image, apt, host, machine
 from pipeline.emulator import image as images
 from pipeline.emulator.__main__ import main

@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_compare import report
 
-from device.schema import SlimpiError, TaskResult, TracePoint
+from device.records import SlimpiError
+from device.results import TaskResult, TracePoint
 from pipeline import energy
 from pipeline.compare import describe_energy, rows
 from pipeline.table import show

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from device import facts, memory
-from device.schema import Facts
+from device.results import Facts
 
 MEMINFO_PI4 = """MemTotal:        7999784 kB
 MemFree:         6121196 kB

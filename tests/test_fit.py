@@ -12,18 +12,8 @@ from real_models import real_gguf
 from test_compare import report
 
 from device import agent
-from device.schema import (
-    Artifact,
-    Dataset,
-    Job,
-    Parity,
-    Perplexity,
-    SlimpiError,
-    Task,
-    Throughput,
-    Tweets,
-    describe_file,
-)
+from device.records import SlimpiError
+from device.schema import Artifact, Dataset, Job, Parity, Perplexity, Task, Throughput, Tweets, describe_file
 from pipeline import fit
 from pipeline.fit import Footprint, cache_bytes, footprints
 

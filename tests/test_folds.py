@@ -10,7 +10,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as GgmlType
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from pipeline.architectures import ARCHITECTURES, layer_folds
 from pipeline.checkpoint import Checkpoint, Tensor, load
 from pipeline.export.gguf import EncodedTensor, export_gguf, gguf_tensors

@@ -13,7 +13,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from test_compare import REFERENCE, report
 
-from device.schema import Done, Event, Job, Note, Report, Sample, SlimpiError, encode_line
+from device.records import SlimpiError, encode_line
+from device.results import Done, Event, Note, Report, Sample
+from device.schema import Job
 from pipeline import follow, remote, transport
 from pipeline.compare import rows
 from pipeline.hosts import Host

@@ -9,7 +9,7 @@ import pytest
 import reference_search
 import torch
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from pipeline.formats import FORMATS, QTensor, Scales, check_columns, side_by_side
 
 CODED = [name for name, kind in FORMATS.items() if kind.codes]

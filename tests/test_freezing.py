@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from pipeline.tweets.freezing import Evolution, _flip, _next, search_components
 
 NAMES = ["embeddings", "layer.0", "layer.1", "layer.2", "layer.3", "head"]

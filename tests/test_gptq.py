@@ -10,7 +10,7 @@ import pytest
 import reference_gptq as reference
 import torch
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from pipeline.formats import FORMATS, Format, QTensor
 from pipeline.layers import Layer, Stats
 from pipeline.methods import gptq, polish, rtn, search

@@ -13,7 +13,7 @@ from sklearn.preprocessing import StandardScaler
 from tiny_encoders import HEADS, MAX_TOKENS, TINY, save_encoder
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from pipeline.encoders import head_linear, load_encoder
 from pipeline.tweets import head
 from pipeline.tweets.head import C_GRID, extract_features, read_rows, train_head

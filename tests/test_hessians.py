@@ -16,7 +16,7 @@ from fakes import write_llama
 from llama_cpp_side import llama_tokens
 from tiny_models import PROSE, save_tiny
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from pipeline import hessians
 from pipeline.architectures import gguf_names
 from pipeline.calibrate import collect_importance, load_importance

@@ -23,7 +23,9 @@ from hypothesis import strategies as st
 
 from device import agent, depot, depot_jobs, facts
 from device.journal import Journal
-from device.schema import Artifact, Event, Job, Parity, Perplexity, Report, SlimpiError, Throughput, decode, encode
+from device.records import SlimpiError, decode, encode
+from device.results import Event, Report
+from device.schema import Artifact, Job, Parity, Perplexity, Throughput
 
 Check = Callable[[Any], None]
 BUDGETS = [pytest.param(250, id="few"), pytest.param(2500, id="many", marks=pytest.mark.slow)]

@@ -9,7 +9,7 @@ import pytest
 from test_train_recipe import recipe
 from tiny_encoders import MAX_TOKENS, save_encoder
 
-from device.schema import SlimpiError, sha256_file
+from device.records import SlimpiError, sha256_file
 from pipeline import deploy
 from pipeline.build import build
 from pipeline.progress import Progressor

@@ -19,7 +19,7 @@ from elf_twin import NOP, RET, TEXT_ADDRESS, branch_and_link, shared_object, sta
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from pipeline import a64, elf, isa
 
 SDOT = EXTENSIONS["dotprod"]["sdot v0.4s, v1.16b, v2.16b"]

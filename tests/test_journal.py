@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 
 from device import facts
 from device.journal import Journal
-from device.schema import Event, Job, Note, Perplexity, Sample, SlimpiError, TaskStarted, Throughput
+from device.records import SlimpiError
+from device.results import Event, Note, Sample, TaskStarted
+from device.schema import Job, Perplexity, Throughput
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,8 @@ from test_plan_costs import profile_report
 from test_quantize import models, quantized, tiny_recipe
 from toy_layers import samples, stats_of, toy_layer
 
-from device.schema import Artifact, SlimpiError, encode
+from device.records import SlimpiError, encode
+from device.schema import Artifact
 from pipeline import fit, hessians, plan, plan_costs, predicted_costs, sensitivity
 from pipeline.build import build
 from pipeline.checkpoint import Tensor, held, load

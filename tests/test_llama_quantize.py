@@ -15,7 +15,7 @@ import pytest
 import real_exports
 from fakes import LlamaShape, write_llama
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from pipeline import calibrate
 from pipeline.calibrate import Importance, load_importance
 from pipeline.export import llama_quantize

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from pipeline.locks import locked
 
 HOLD = """

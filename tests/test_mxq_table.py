@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny_models import save_tiny
 
-from device.schema import read_record
+from device.records import read_record
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))  # scripts, not a package
 

@@ -19,7 +19,7 @@ from tiny_encoders import MAX_TOKENS, TINY, save_encoder
 from tokenizers import Tokenizer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from pipeline.export.onnx import (
     ONNX_VARIANTS,
     describe_onnx,

@@ -13,7 +13,7 @@ from test_onnx import LABELS, TEXTS
 from tiny_encoders import MAX_TOKENS, save_encoder
 from tokenizers import Tokenizer
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from pipeline.export import onnx_bits
 from pipeline.export.onnx import export_encoder
 from pipeline.export.onnx_bits import FULL, LEVELS, MixedBits, Validation, matrices, quantize_bits, search, with_bits

@@ -13,8 +13,9 @@ from tiny_models import TINY, save_tiny
 
 from device import onnx_language
 from device.onnx_language import Habits, OnnxLanguageModel
+from device.records import SlimpiError
 from device.runtimes import Logits, Tokens
-from device.schema import Artifact, Job, SlimpiError
+from device.schema import Artifact, Job
 from pipeline import checkpoint, hessians, quantize
 from pipeline.architectures import gguf_names, norm_offset, row_order
 from pipeline.build import build

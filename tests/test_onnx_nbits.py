@@ -12,7 +12,7 @@ from onnx import numpy_helper
 from test_onnx import TEXTS, exported, run
 from tokenizers import Tokenizer
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from pipeline.export.onnx import check_variant, describe_onnx, make_variant
 from pipeline.export.onnx_rewrite import quantize_u8
 from pipeline.formats import FORMATS

@@ -17,7 +17,7 @@ from test_onnx import LABELS, TEXTS, feed, run, session
 from tiny_encoders import MAX_TOKENS, PROSE, TINY, save_encoder
 from tokenizers import Tokenizer
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from pipeline.export import onnx_int8
 from pipeline.export.onnx import check_variant, describe_onnx, export_encoder, make_variant
 from pipeline.export.onnx_bits import matrices

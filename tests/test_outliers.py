@@ -16,7 +16,8 @@ from toy_tweets import ODD, save_toy_encoder, toy_settings, toy_tweets, write_ve
 
 from device import classify as device_classify
 from device.classifier import OnnxClassifier
-from device.schema import DISTANCE, SlimpiError, encode_line
+from device.records import SlimpiError, encode_line
+from device.schema import DISTANCE
 from device.words import Text
 from pipeline.encoders import encode_batch, load_encoder
 from pipeline.export.onnx import describe_onnx, make_variant, one_thread

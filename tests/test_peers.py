@@ -11,7 +11,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from device.schema import SlimpiError, Throughput, decode, encode
+from device.records import SlimpiError, decode, encode
+from device.schema import Throughput
 
 TESTS = Path(__file__).parent
 sys.path.insert(0, str(TESTS.parent / "benchmarks"))  # scripts, not a package

@@ -12,7 +12,8 @@ from fakes import LlamaShape, write_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from device.schema import Fallback, SlimpiError
+from device.records import SlimpiError
+from device.schema import Fallback
 from pipeline import fit, plan, plan_milp
 from pipeline.export.gguf import read_gguf_types
 from pipeline.export.llama_quantize import quantize_gguf

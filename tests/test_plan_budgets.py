@@ -10,7 +10,7 @@ import pytest
 import torch
 from fakes import LlamaShape, write_llama
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from pipeline import checkpoint, plan, plan_costs, plan_milp, quantize
 from pipeline.export.gguf import export_gguf
 from pipeline.methods import METHODS

@@ -12,7 +12,9 @@ from fakes import World
 from jobs import run
 from test_compare import report
 
-from device.schema import Measurement, Profile, Report, SlimpiError
+from device.records import SlimpiError
+from device.results import Measurement, Report
+from device.schema import Profile
 from pipeline import plan, plan_costs
 from pipeline.formats import FORMATS
 from pipeline.layers import Layer, QuantizedLayer, Stats

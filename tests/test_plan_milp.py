@@ -11,7 +11,7 @@ import reference_plan as twin
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from pipeline import plan_milp
 from pipeline.plan_milp import smallest, solve
 

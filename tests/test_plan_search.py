@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from pipeline import plan_evolve, plan_search
 from pipeline.plan_evolve import EvolutionSettings, Evolved, evolve, switched
 from pipeline.plan_search import Formats, GeneticSettings, Space, genetic, penalized_fitness

@@ -10,7 +10,8 @@ import torch
 from test_plan_costs import profile_report
 from tiny_models import save_tiny
 
-from device.schema import Report, encode, read_record
+from device.records import encode, read_record
+from device.results import Report
 from pipeline import plan
 from pipeline.build import build
 from pipeline.plan_costs import products

@@ -11,7 +11,7 @@ import torch
 from tiny_encoders import MAX_TOKENS, TINY, save_encoder
 from toy_tweets import save_toy_encoder, toy_tweets
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from pipeline.encoder_parts import parts_of, sizes_of
 from pipeline.encoders import Encoder, encode_batch, load_encoder
 from pipeline.encoders import save_encoder as save

@@ -14,7 +14,7 @@ import tiny_models
 import torch
 from test_convert import TOKENS, agreement, hf_logits
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from pipeline import hessians, plan, predicted_costs, sensitivity
 from pipeline.architectures import gguf_names, row_order
 from pipeline.build import build

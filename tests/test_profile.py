@@ -15,7 +15,9 @@ from test_tasks import take
 
 from device import profile
 from device.ggml import WEIGHT_TYPES, Backend, Products, Weights
-from device.schema import Product, Profile, Sample, SlimpiError
+from device.records import SlimpiError
+from device.results import Sample
+from device.schema import Product, Profile
 from pipeline import fit
 
 # Kernels round activations to 8 bits, F16's and BF16's to theirs.

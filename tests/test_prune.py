@@ -20,7 +20,7 @@ from llama_cpp_side import llama_logits
 from test_convert import agreement
 from tiny_models import PROSE, save_tiny
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from pipeline import sensitivity
 from pipeline.build import build
 from pipeline.checkpoint import Checkpoint, load

@@ -16,7 +16,7 @@ import torch
 from tiny_encoders import MAX_TOKENS, PROSE, TINY, save_encoder
 from tokenizers import Tokenizer
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from pipeline import deploy
 from pipeline.build import build
 from pipeline.encoder_parts import parts_of

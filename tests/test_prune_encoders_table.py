@@ -10,7 +10,7 @@ import pytest
 from prune_encoders import EncoderRow, PrunedEncoders, loss, table
 from test_train_recipe import recipe
 
-from device.schema import read_record
+from device.records import read_record
 from pipeline.pruning_onnx import parse_variant
 
 

@@ -19,7 +19,7 @@ from gguf import GGMLQuantizationType as GgmlType
 from llama_cpp_side import llama_logits
 from test_convert import TOKENS, agreement
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from pipeline import build as build_module
 from pipeline import deploy, hessians, plan, progress, quantize
 from pipeline.build import build

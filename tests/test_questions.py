@@ -17,7 +17,9 @@ from pyarrow import parquet
 from test_compare import REFERENCE, facts
 from test_compare import report as nll_report
 
-from device.schema import Choices, Dataset, File, Measurement, Question, Report, SlimpiError, TaskResult
+from device.records import SlimpiError
+from device.results import Measurement, Report, TaskResult
+from device.schema import Choices, Dataset, File, Question
 from pipeline import fit, questions
 from pipeline.compare import answer, rows
 from pipeline.compare_choices import describe_choices

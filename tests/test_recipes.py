@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from pipeline.build import chosen_variants
 from pipeline.exporters import EXPORTERS
 from pipeline.recipes import read_recipe

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from fakes import TEXT, artifact, write_llama
 
-from device.schema import Artifact, Perplexity, Report, SlimpiError, TaskResult, sha256_file
+from device.records import SlimpiError, sha256_file
+from device.results import Report, TaskResult
+from device.schema import Artifact, Perplexity
 from pipeline import compare, deploy, fit, jobs, recordings
 from pipeline.hosts import LOCAL
 from pipeline.progress import Progressor

@@ -12,7 +12,8 @@ from fakes import World
 from jobs import run
 
 from device import agent, cooling, facts, sampler
-from device.schema import Note, Perplexity, Throughput, TracePoint
+from device.results import Note, TracePoint
+from device.schema import Perplexity, Throughput
 
 
 def test_the_first_point_comes_at_once_and_then_one_a_period() -> None:

@@ -14,26 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from device import facts
-from device.schema import (
-    Artifact,
-    Event,
-    Job,
-    Measurement,
-    Note,
-    Parity,
-    Perplexity,
-    Report,
-    Sample,
-    SlimpiError,
-    TaskResult,
-    Throughput,
-    check_relative,
-    decode,
-    encode,
-    encode_line,
-    read_record,
-    write_atomic,
-)
+from device.records import SlimpiError, check_relative, decode, encode, encode_line, read_record, write_atomic
+from device.results import Event, Measurement, Note, Report, Sample, TaskResult
+from device.schema import Artifact, Job, Parity, Perplexity, Throughput
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from pipeline.formats import FORMATS, Codes, Format, QTensor, Scales, side_by_side
 from pipeline.layers import Layer, Stats
 from pipeline.methods import METHODS, rtn, search

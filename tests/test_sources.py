@@ -13,7 +13,7 @@ import pytest
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
 from requests import Response
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from pipeline import sources
 from pipeline.sources import dataset, fetch, hash_path
 

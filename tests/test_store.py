@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from pipeline.store import artifact_id, build_lock, digest, find_artifact, stage, whole_folder
 
 

@@ -17,18 +17,9 @@ from hypothesis import strategies as st
 
 from device import inputs, language, llama, parity, throughput, tweets
 from device.classifier import OnnxClassifier
-from device.schema import (
-    Dataset,
-    Job,
-    Measurement,
-    Perplexity,
-    Sample,
-    SlimpiError,
-    Task,
-    Throughput,
-    Tweets,
-    describe_file,
-)
+from device.records import SlimpiError
+from device.results import Measurement, Sample
+from device.schema import Dataset, Job, Perplexity, Task, Throughput, Tweets, describe_file
 from device.tasks import TASKS
 from device.wire import Request, Started
 from device.words import Text

@@ -13,7 +13,7 @@ from onnx import numpy_helper
 from tiny_encoders import MAX_TOKENS
 from toy_tweets import save_toy_encoder, toy_settings, toy_tweets, write_vectors
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from device.words import Text
 from pipeline import deploy
 from pipeline.build import build

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from toy_tweets import save_toy_encoder, toy_tweets
 from transformers import AutoModelForSequenceClassification
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from pipeline import encoders
 from pipeline.encoders import load_encoder
 from pipeline.export.onnx import bare_tokenizer, export_encoder

@@ -19,7 +19,7 @@ import sshd
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from pipeline import transport
 from pipeline.hosts import LOCAL, Host, find, provenance, ssh_host
 from pipeline.progress import Progressor

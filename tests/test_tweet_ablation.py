@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tweets_ablation
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from device.text import STEPS
 from device.text import clean as device_clean
 from device.words import read_spec

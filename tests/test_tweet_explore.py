@@ -13,7 +13,7 @@ from fakes import TWEETS, artifact, write_word_classifier
 from typer.testing import CliRunner
 
 from device.classifier import OnnxClassifier
-from device.schema import SlimpiError, encode
+from device.records import SlimpiError, encode
 from device.text import NUMBERS
 from device.words import Text
 from pipeline.cli import app

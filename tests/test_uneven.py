@@ -14,7 +14,7 @@ import torch
 from llama_cpp_side import llama_logits
 from test_convert import TOKENS, agreement, hf_logits
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from pipeline import fit, hessians, plan, predicted_costs, sensitivity
 from pipeline.architectures import tensor_shapes
 from pipeline.checkpoint import Checkpoint, held, load, save

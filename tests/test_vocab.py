@@ -10,7 +10,7 @@ import pytest
 import sentencepiece
 import tokenizers
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from pipeline.checkpoint import Checkpoint, held, load
 from pipeline.export.gguf import export_gguf
 from pipeline.gguf_file import read_gguf

@@ -19,7 +19,7 @@ from arm64_system import arm64_root
 from elf_twin import RET, shared_object
 from onnx_graphs import sample_input, write_graphs
 
-from device.schema import SlimpiError, read_record, sha256_file
+from device.records import SlimpiError, read_record, sha256_file
 from pipeline import crossbuild, isa, wheelhouse
 from pipeline.crossbuild import Build
 from pipeline.emulator import host

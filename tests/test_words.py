@@ -15,7 +15,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from device.schema import WORDS, SlimpiError, encode
+from device.records import SlimpiError, encode
+from device.schema import WORDS
 from device.text import NUMBERS, STEPS, clean, split_words
 from device.words import INPUTS, Text, WordReader, WordSpec, read_spec
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from pipeline.emulator import host
 from pipeline.emulator.image import build
 from pipeline.emulator.machine import LIFETIME_H, Running, boot, shut_down, ssh, status

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 
 SUITES = {"3.11": "bookworm", "3.13": "trixie"}
 """The Debian release, as Raspberry Pi OS takes it, by its Python."""

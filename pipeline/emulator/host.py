@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from pipeline.locks import locked
 
 # Program -> the Debian package that has it.

@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 import psutil
 
-from device.schema import SlimpiError, decode, write_atomic
+from device.records import SlimpiError, decode, write_atomic
 from pipeline.emulator import host
 from pipeline.emulator.image import ALIAS, USER, Image
 from pipeline.emulator.rootfs import CPU

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from pipeline.emulator import apt, host
 from pipeline.progress import Progressor
 

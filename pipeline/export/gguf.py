@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType as GgmlType
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from pipeline.architectures import ARCHITECTURES, ROPE_FACTORS, gguf_names, norm_offset, row_order
 from pipeline.checkpoint import Checkpoint, Tensor, held, require_space
 from pipeline.gguf_file import add_keys, read_gguf

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from device.schema import Fallback, SlimpiError
+from device.records import SlimpiError
+from device.schema import Fallback
 from pipeline.calibrate import Importance, load_importance
 from pipeline.native import emit, run_fresh, serve
 

@@ -21,7 +21,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, numpy_helper
 
-from device.schema import SlimpiError, write_atomic
+from device.records import SlimpiError, write_atomic
 from pipeline.encoders import Encoder, load_encoder, quiet_transformers
 from pipeline.export import onnx_int8, onnx_nbits, onnx_xlnet
 from pipeline.export.onnx_observe import Calibration, Observed

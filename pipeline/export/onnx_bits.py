@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from device.schema import SlimpiError, write_atomic
+from device.records import SlimpiError, write_atomic
 from pipeline.export.onnx_lossless import log_softmax
 from pipeline.export.onnx_observe import Calibration, in_batches, logits_of
 from pipeline.export.onnx_rewrite import Float32, Rewriter, UInt8, quantize_u8

@@ -16,7 +16,7 @@ import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from device.schema import SlimpiError, write_atomic
+from device.records import SlimpiError, write_atomic
 from pipeline.architectures import ARCHITECTURES
 from pipeline.checkpoint import Checkpoint
 from pipeline.export.onnx import MAX_PROTOBUF_BYTES, exported

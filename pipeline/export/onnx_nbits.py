@@ -18,7 +18,7 @@ import onnx
 import torch
 from onnx import helper, numpy_helper
 
-from device.schema import SlimpiError, write_atomic
+from device.records import SlimpiError, write_atomic
 from pipeline.export.onnx_rewrite import LOW, SCALE, ZERO_POINT, Rewriter
 from pipeline.formats import FORMATS, Format, QTensor
 from pipeline.layers import Layer

@@ -17,7 +17,7 @@ import onnx
 from onnx import helper
 from tokenizers import Tokenizer
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from pipeline.progress import Tick, quiet
 
 Float32 = npt.NDArray[np.float32]

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import onnx
 from onnx import numpy_helper
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from pipeline.export.onnx_ranges import Range
 from pipeline.export.onnx_rewrite import SCALE, ZERO_POINT, Float32, Rewriter
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from pipeline.folds import changed_vectors, fold_in, n_scales, per_column, per_producer, possible, scaled_stats
 from pipeline.formats import Format, QTensor, Quantized
 from pipeline.layers import Fold, Layer, Method, QuantizedLayer, Stats

@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from pipeline.formats import Format, Packed, QTensor, Scales, side_by_side
 from pipeline.layers import Layer, QuantizedLayer, Stats
 from pipeline.methods import llama_codes, polish, search

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from pipeline.checkpoint import Checkpoint
 from pipeline.progress import Tick, quiet
 from pipeline.prune import allocate, bias, depth, distill, hidden, moments, repair, sparse, widths

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from pipeline.architectures import ARCHITECTURES
 from pipeline.checkpoint import Checkpoint
 from pipeline.prune.cut import MLP, apply

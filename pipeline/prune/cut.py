@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from pipeline.architectures import ARCHITECTURES, Config, tensor_shapes
 from pipeline.checkpoint import Checkpoint, Tensor, held
 from pipeline.uneven import as_uneven, keeps_name, runnable

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import torch
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from pipeline.progress import Tick, quiet
 from pipeline.prune.cut import Cut, Dims, LayerCut
 from pipeline.prune.stream import Judge

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from pipeline.encoder_parts import EncoderSizes, attach_kept_heads, parts_of, sizes_of
 from pipeline.encoders import Encoder
 from pipeline.export.onnx_observe import Calibration

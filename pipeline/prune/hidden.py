@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from pipeline.architectures import norm_offset
 from pipeline.progress import Tick, quiet
 from pipeline.prune.stream import BATCH, Judge

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from pipeline.architectures import ARCHITECTURES
 from pipeline.checkpoint import Checkpoint
 from pipeline.progress import Tick, quiet

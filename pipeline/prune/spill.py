@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 
 SMALL_BYTES = 2**24
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from pipeline.progress import Tick, quiet
 from pipeline.prune.cut import ATTENTION, MLP, Cut, Dims, LayerCut, indices_of, rounded
 from pipeline.prune.scores import SCORES, Evidence, Scores

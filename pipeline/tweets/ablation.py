@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from device import text
-from device.schema import SlimpiError, sha256_file, write_atomic
+from device.records import SlimpiError, sha256_file, write_atomic
 from device.text import NUMBERS, STEPS, split_words
 from pipeline.progress import Tick, quiet
 from pipeline.tweets import cleaning, duplicates

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cache
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from device.text import HASHTAG, STEPS
 
 

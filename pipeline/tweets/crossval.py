@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from device.schema import SlimpiError, write_atomic
+from device.records import SlimpiError, write_atomic
 from pipeline.progress import Tick, quiet
 from pipeline.sources import hash_path
 from pipeline.store import digest

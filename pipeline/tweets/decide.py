@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from device.schema import DISTANCE, WORDS, SlimpiError, encode, write_atomic
+from device.records import SlimpiError, encode, write_atomic
+from device.schema import DISTANCE, WORDS
 from device.words import INPUTS, Text, WordReader, WordSpec
 from pipeline.encoders import load_encoder
 from pipeline.export.onnx_graph import Graph, Output

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from device.words import PADDING
 from pipeline.sources import Progress, fetch
 from pipeline.tweets.vector_files import LAYOUTS

@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from device.schema import Record, SlimpiError, encode_line
+from device.records import Record, SlimpiError, encode_line
 from pipeline.progress import Tick, quiet
 from pipeline.tweets.settings import Settings
 

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from pipeline.encoders import Encoder, encode_batch, head_linear, load_encoder, save_encoder
 
 FloatArray = npt.NDArray[np.float64]

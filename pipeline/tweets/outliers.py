@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from pipeline.encoders import Encoder
 from pipeline.export.onnx_graph import Graph
 from pipeline.tweets.classifiers.base import FloatArray

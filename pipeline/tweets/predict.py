@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from device.schema import Prediction, SlimpiError
+from device.records import SlimpiError
+from device.schema import Prediction
 from device.words import Text
 from pipeline.classify import classify
 from pipeline.hosts import Host

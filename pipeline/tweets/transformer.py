@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from pipeline.encoders import Encoder, encode_batch, load_encoder
 from pipeline.pooling import MEAN, pool_mean
 from pipeline.progress import Tick, quiet

@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 
 Rows = tuple[dict[str, int], npt.NDArray[np.float32]]
 Wanted = Collection[str] | None

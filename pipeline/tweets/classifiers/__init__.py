@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from pipeline.tweets.classifiers.base import Classifier
 from pipeline.tweets.classifiers.encoder import EMBEDDINGS, TRANSFORMER
 from pipeline.tweets.classifiers.ensemble import ENSEMBLE, EnsembleSettings

@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 import torch
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from device.words import WordSpec
 from pipeline.encoders import Encoder, encode_batch, load_encoder
 from pipeline.export import onnx

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from device.words import WordSpec
 from pipeline.export.onnx_graph import Graph
 from pipeline.tweets import calibration

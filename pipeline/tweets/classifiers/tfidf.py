@@ -15,7 +15,7 @@ from functools import cached_property
 import numpy as np
 import scipy.sparse
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from device.words import UNKNOWN, ReadText, WordReader, WordSpec
 from pipeline.export.onnx_graph import Graph
 from pipeline.tweets.classifiers.base import (

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from device.schema import SlimpiError
+from device.records import SlimpiError
 from device.words import ReadText, WordReader, WordSpec
 from pipeline.export.onnx_graph import Graph, lstm
 from pipeline.tweets.batches import length_batches
