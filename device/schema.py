@@ -1,4 +1,4 @@
-"""The contract between host and device: manifest.json and job.json go out, report.json comes back.
+"""The contract between host and device: manifest.json and job.json go out, report.json comes back (device/results.py).
 
 History of SCHEMA_VERSION (a reader refuses versions it does not know):
   1  2026-11  first version. Tasks added since: record_logits, divergence, profile, choices; fields added since:
