@@ -11,9 +11,9 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from device.records import SlimpiError, check_id
+from device.records import Record, SlimpiError, check_id
 from pipeline.store import Places
 
 
@@ -42,6 +42,29 @@ def check_machine(name: str) -> None:
 
 def now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+class Here(Record, frozen=True, kw_only=True):
+    """The machine that the figures of a file of results were taken on. Benches add what else they depend on."""
+
+    machine: str
+    cpu: str
+    cores: int
+    kernel: str
+    python: str
+    start_time: str
+
+
+def here(machine: str, start_time: str) -> dict[str, Any]:
+    """The fields of `Here`."""
+    return {
+        "machine": machine,
+        "cpu": cpu_model(),
+        "cores": os.cpu_count() or 1,
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "start_time": start_time,
+    }
 
 
 def at_least(minimum: int) -> Callable[[str], int]:

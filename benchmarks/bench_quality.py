@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import platform
 import shutil
 import time
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ import llama_tools
 import msgspec
 import numpy as np
 import quality_plot
-from bench_common import at_least, command, cpu_model, now, output_options, result_path
+from bench_common import at_least, command, here, now, output_options, result_path
 from quality_rows import Conditions, Maker, Quality, QualityRow, Score, Verdict, mean_interval, merged, verdicts_of
 
 from device.records import SlimpiError, encode, read_record, write_atomic
@@ -244,14 +243,9 @@ def conditions_of(machine: str) -> Conditions:
     """This machine, now."""
     wheel = llama_tools.probe_wheel()
     return Conditions(
-        machine=machine,
-        cpu=cpu_model(),
-        cores=os.cpu_count() or 1,
-        kernel=platform.release(),
-        python=platform.python_version(),
+        **here(machine, now()),
         llama_cpp_python=wheel.version,
         wheel_commit=wheel.commit,
-        start_time=now(),
     )
 
 

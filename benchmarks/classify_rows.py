@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Literal
 
+from bench_common import Here
+
 from device.records import Record, SlimpiError
 from device.schema import Provenance
 
@@ -61,19 +63,13 @@ class Verdict(Record, frozen=True, kw_only=True):
     ok: bool
 
 
-class Conditions(Record, frozen=True, kw_only=True):
-    machine: str
-    cpu: str
-    cores: int
-    kernel: str
-    python: str
+class Conditions(Here, frozen=True, kw_only=True):
     packages: dict[str, str]
     rows: str
     rows_sha256: str
     n_rows: int
     max_tokens: int
     optimum_settings: str
-    start_time: str
     load_avg_before: list[float]
     load_avg_after: list[float]
     note: str

@@ -24,7 +24,7 @@ from pathlib import Path
 from statistics import median
 
 import msgspec
-from bench_common import at_least, command, cpu_model, now, output_options, result_path
+from bench_common import at_least, command, here, now, output_options, result_path
 from classify_peer import Asked, Timed
 from classify_rows import (
     MIN_PAIRS,
@@ -203,18 +203,13 @@ def compare(options: argparse.Namespace, where: Places) -> ClassifySpeed:
     packages = ("onnxruntime", "optimum", "optimum-onnx", "tokenizers", "numpy")
     return ClassifySpeed(
         conditions=Conditions(
-            machine=options.machine,
-            cpu=cpu_model(),
-            cores=os.cpu_count() or 1,
-            kernel=platform.release(),
-            python=platform.python_version(),
+            **here(options.machine, start),
             packages={name: version(name) for name in packages},
             rows=table.dataset.name,
             rows_sha256=table.dataset.file.sha256,
             n_rows=len(table.texts),
             max_tokens=sides[0].artifact.max_tokens,
             optimum_settings=" ".join(str(optimum_settings()).split()),
-            start_time=start,
             load_avg_before=load_before,
             load_avg_after=list(os.getloadavg()),
             note=options.note,

@@ -11,6 +11,7 @@ from itertools import accumulate
 from statistics import median
 from typing import Literal
 
+from bench_common import Here
 from scipy import stats
 
 from device.records import Record, SlimpiError
@@ -108,20 +109,14 @@ class Verdict(Record, frozen=True, kw_only=True):
     ok: bool
 
 
-class Conditions(Record, frozen=True, kw_only=True):
+class Conditions(Here, frozen=True, kw_only=True):
     """What both sides ran on and from; `features` are the CPU features llama.cpp was compiled for."""
 
-    machine: str
-    cpu: str
-    cores: int
-    kernel: str
-    python: str
     llama_cpp_python: str
     wheel_commit: str
     build_commit: str
     build_number: int
     features: str
-    start_time: str
     load_avg_before: list[float]
     load_avg_after: list[float]
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from pathlib import Path
 from statistics import median
 
 import llama_tools
-from bench_common import at_least, command, cpu_model, now, output_options, result_path
+from bench_common import at_least, command, here, now, output_options, result_path
 from llama_tools import Build, Wheel
 from peer_rows import MAX_PAIRS, Conditions, Peers, PerplexityRow, SpeedRow, Tool, Verdict, decided, verdicts_of
 
@@ -203,17 +202,12 @@ RUNNERS = {"slimpi": _run_slimpi_tests, "llama-bench": _run_peer_tests}
 
 def conditions(machine: str, wheel: Wheel, build: Build, start: str, load_before: Sequence[float]) -> Conditions:
     return Conditions(
-        machine=machine,
-        cpu=cpu_model(),
-        cores=os.cpu_count() or 1,
-        kernel=platform.release(),
-        python=platform.python_version(),
+        **here(machine, start),
         llama_cpp_python=wheel.version,
         wheel_commit=wheel.commit,
         build_commit=build.commit,
         build_number=build.number,
         features=wheel.features,
-        start_time=start,
         load_avg_before=list(load_before),
         load_avg_after=list(os.getloadavg()),
     )

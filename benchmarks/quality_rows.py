@@ -12,6 +12,7 @@ from itertools import pairwise
 from statistics import fmean
 from typing import Literal
 
+from bench_common import Here
 from scipy import stats
 
 from device.records import Record, SlimpiError
@@ -141,17 +142,11 @@ class Verdict(Record, frozen=True, kw_only=True):
     why: str = ""
 
 
-class Conditions(Record, frozen=True, kw_only=True):
+class Conditions(Here, frozen=True, kw_only=True):
     """What the figures were taken on and with."""
 
-    machine: str
-    cpu: str
-    cores: int
-    kernel: str
-    python: str
     llama_cpp_python: str
     wheel_commit: str
-    start_time: str
 
 
 class Quality(Record, frozen=True, kw_only=True):

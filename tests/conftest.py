@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fakes import World
+
+from device import facts
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -36,3 +39,16 @@ def own_process_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def quick_facts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How busy the machine is, from a glance in place of a look."""
+    monkeypatch.setattr(facts, "BUSY_WINDOW_S", 0.01)
+    monkeypatch.setattr(facts, "SPIN_S", 0.0)
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    """A small model, a small classifier and their data, in a folder of the test's own."""
+    return World.make(tmp_path)

@@ -22,16 +22,7 @@ from device.results import Done, Event, Note, Report, Sample, TaskEnded, TaskRes
 from device.schema import Parity, Perplexity, RecordGolden, Throughput, Tweets
 from device.tasks import TASKS
 
-
-@pytest.fixture(autouse=True)
-def quick_facts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(facts, "BUSY_WINDOW_S", 0.01)
-    monkeypatch.setattr(facts, "SPIN_S", 0.0)
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> World:
-    return World.make(tmp_path)
+pytestmark = pytest.mark.usefixtures("quick_facts")
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ import pytest
 from fakes import World
 from jobs import REPO, long_perplexity, run
 
-from device import agent, facts, journal, records
+from device import agent, journal, records
 from device.journal import Journal
 from device.process import Worker
 from device.records import SlimpiError, encode, read_record
@@ -30,15 +30,7 @@ MB = 1_000_000
 HUGE = Throughput(n_prompt=20_000_000, n_gen=4, repetitions=1)
 
 
-@pytest.fixture(autouse=True)
-def quick_facts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(facts, "BUSY_WINDOW_S", 0.01)
-    monkeypatch.setattr(facts, "SPIN_S", 0.0)
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> World:
-    return World.make(tmp_path)
+pytestmark = pytest.mark.usefixtures("quick_facts")
 
 
 def small(world: World) -> Perplexity:

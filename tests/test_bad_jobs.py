@@ -14,20 +14,11 @@ import pytest
 from fakes import LlamaShape, World, artifact, write_csv
 from jobs import FAKES, REPO, golden_job, run
 
-from device import agent, facts
+from device import agent
 from device.records import SlimpiError, decode, encode
 from device.schema import Job, Parity, Perplexity, Throughput, Tweets
 
-
-@pytest.fixture(autouse=True)
-def quick_facts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(facts, "BUSY_WINDOW_S", 0.01)
-    monkeypatch.setattr(facts, "SPIN_S", 0.0)
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> World:
-    return World.make(tmp_path)
+pytestmark = pytest.mark.usefixtures("quick_facts")
 
 
 @pytest.mark.parametrize("arguments", [("missing.json",), ("a", "b"), ("pyproject.toml",)])

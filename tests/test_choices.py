@@ -21,7 +21,7 @@ from jobs import choices, run
 from tiny_models import save_tiny
 from transformers import AutoTokenizer
 
-from device import agent, facts
+from device import agent
 from device import choices as task_choices
 from device.choices import SERIES, log_likelihoods, outcome, tokenize_pair
 from device.language_models import LanguageModel
@@ -48,15 +48,7 @@ QUESTIONS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def quick_facts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(facts, "BUSY_WINDOW_S", 0.01)
-    monkeypatch.setattr(facts, "SPIN_S", 0.0)
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> World:
-    return World.make(tmp_path)
+pytestmark = pytest.mark.usefixtures("quick_facts")
 
 
 # Scores, against a naive twin that reads tokens and weights from the Hugging Face folder.

@@ -15,7 +15,6 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from jobs import golden_job, run
 
-from device import facts
 from device.classifier import MAX_PADDING, OnnxClassifier, batches
 from device.records import SlimpiError, encode
 from device.schema import Artifact, Job, Parity, RecordGolden, Tweets
@@ -25,10 +24,7 @@ ODD = ["", " ", "\0", "a\0b", "\U0001f525\U0001f525 fire", "x" * 10_000, "fire "
 KINDS = ("tokens", "words", "both")
 
 
-@pytest.fixture(autouse=True)
-def quick_facts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(facts, "BUSY_WINDOW_S", 0.01)
-    monkeypatch.setattr(facts, "SPIN_S", 0.0)
+pytestmark = pytest.mark.usefixtures("quick_facts")
 
 
 def folder_of(root: Path, kind: str) -> Path:

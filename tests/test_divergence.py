@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jobs import run
 
-from device import facts, logits_file
+from device import logits_file
 from device.divergence import score_row
 from device.language import n_scored
 from device.logits_file import CUT_NATS, LOGITS_NAME, LogitsFile, decode_row, encode_row
@@ -32,15 +32,7 @@ from pipeline.export.llama_quantize import quantize_gguf
 N_CTX, N_CHUNKS = 32, 3
 
 
-@pytest.fixture(autouse=True)
-def quick_facts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(facts, "BUSY_WINDOW_S", 0.01)
-    monkeypatch.setattr(facts, "SPIN_S", 0.0)
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> World:
-    return World.make(tmp_path)
+pytestmark = pytest.mark.usefixtures("quick_facts")
 
 
 def record_task(world: World) -> RecordLogits:
