@@ -11,7 +11,7 @@ import pytest
 from fakes import World
 from jobs import run
 
-from device import agent, cooling, facts, sampler
+from device import agent, cooling, sampler
 from device.results import Note, TracePoint
 from device.schema import Perplexity, Throughput
 
@@ -103,13 +103,7 @@ def test_this_machine_and_process_are_read() -> None:
     assert gone.worker_rss_bytes == 0
 
 
-@pytest.fixture
-def world(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> World:
-    monkeypatch.setattr(facts, "BUSY_WINDOW_S", 0.01)
-    monkeypatch.setattr(facts, "SPIN_S", 0.0)
-    return World.make(tmp_path_factory.mktemp("world"))
-
-
+@pytest.mark.usefixtures("quick_facts")
 def test_a_result_carries_its_trace_and_is_judged_by_it(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     def reader(worker_pid: int) -> sampler.Read:
         real = sampler.machine_reader(worker_pid)
@@ -156,6 +150,7 @@ def test_waiting_ends_when_it_is_cool_or_too_long(
     assert says in str(found)
 
 
+@pytest.mark.usefixtures("quick_facts")
 def test_only_timed_tasks_wait_and_all_is_told(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[tuple[float, float]] = []
 
