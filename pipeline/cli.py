@@ -6,8 +6,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 
 from device.records import SlimpiError, read_record
-from device.results import Event, Note, Report, Sample, TaskEnded, TaskStarted
+from device.results import Report
 from pipeline import cli_tweets
 from pipeline.options import (
     Again,
@@ -54,10 +54,11 @@ from pipeline.options import (
     WaitCool,
     WithDivergence,
 )
-from pipeline.progress import Progressor, Tick, quiet
+from pipeline.progress import Progressor
 from pipeline.recipes import read_recipe
 from pipeline.store import Places, find_artifact, places
 from pipeline.transport import Interrupted
+from pipeline.watch import watch
 
 if TYPE_CHECKING:
     from pipeline.hosts import Host
@@ -200,7 +201,7 @@ def _bench(
         meter=limits.meter,
         divergence=tasks_of(folders, overrides, where, _threads(threads), progress) if diverging else {},
     )
-    reports, errors = bench_all(hosts, folders, where, settings, progress, lambda name: _watch(progress, name))
+    reports, errors = bench_all(hosts, folders, where, settings, progress, lambda name: watch(progress, name))
     _finish(reports, errors, {name: readings_of(where.results / name, limits.meter) for name in reports})
 
 
@@ -208,15 +209,6 @@ def _hosts(on: list[str], ssh_config: Path | None, where: Places, progress: Prog
     from pipeline.hosts import find
 
     return [find(name, where, progress, ssh_config) for name in dict.fromkeys(on)]
-
-
-@contextmanager
-def _watch(progress: Progressor, name: str) -> Iterator[Callable[[Event], None]]:
-    with ExitStack() as stack:
-        follower = _Follower(stack, progress, name)
-        yield follower
-    if not follower.started:
-        progress.say(f"  {name}: measured before, replayed from its journal")
 
 
 @app.command()
@@ -337,30 +329,6 @@ def _device(name: str, ssh_config: Path | None) -> Iterator[Device]:
         raise SlimpiError("`local` is this machine: it has no store to empty. Remove folders under benchmarks/results.")
     with attach(host, progress, threading.Event()) as device:
         yield device
-
-
-class _Follower:
-    """Turns the agent's events into one progress step a task."""
-
-    def __init__(self, stack: ExitStack, progress: Progressor, name: str) -> None:
-        self.stack, self.progress, self.name = stack, progress, name
-        self.started = False
-        self.done = self.total = 0
-        self.tick: Tick = quiet
-
-    def __call__(self, event: Event) -> None:
-        match event:
-            case TaskStarted():
-                self.started = True
-                self.done, self.total = 0, event.total
-                self.tick = self.stack.enter_context(self.progress.step(f"{self.name} {event.name}"))
-            case Sample():
-                self.done += 1
-                self.tick(self.done, self.total, event.series)
-            case TaskEnded():
-                self.stack.close()
-            case Note():
-                self.progress.say(f"  {self.name}: {event.message}")
 
 
 def _finish(
