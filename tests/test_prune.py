@@ -272,6 +272,24 @@ def test_measured_layers_are_the_best_pair_or_nearly(subjects: Callable[[str], S
     assert judge.divergence(depth.contiguous(judge, 0.5)) == pytest.approx(min(runs.values()), rel=1e-6)
 
 
+@pytest.mark.parametrize("part", ["", "mlp"])
+def test_after_exchanges_no_neighbour_is_better(part: str, subjects: Callable[[str], Subject]) -> None:
+    """Each exchange measured from the embeddings on, where the search starts behind what stays as it was."""
+    judge = subjects("llama").judge
+    dims = judge.stream.dims
+    units = [depth.Unit(index, part) for index in range(dims.n_layers)]
+
+    def loss(gone: set[depth.Unit]) -> float:
+        return judge.divergence(depth.dropped(dims, gone))
+
+    pairs = [{a, b} for a in units for b in units[a.layer + 1 :]]
+    worst = max(pairs, key=loss)
+    found = set(depth.exchanged(judge, units, list(worst), quiet))
+    assert loss(found) < loss(worst)
+    near = [{*(found - {out}), kept} for out in found for kept in units if abs(kept.layer - out.layer) == 1]
+    assert all(loss(pair) >= loss(found) for pair in near if len(pair) == 2)
+
+
 def test_divergence_between_measured_widths_follows_the_loss() -> None:
     """A power of the loss is found again, beyond the known ones a multiple; what is known stays; all kept is free."""
     losses = {0: 16.0, 1: 8.0, 2: 4.0, 3: 2.0, 4: 1.0, 5: 0.0}

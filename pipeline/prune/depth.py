@@ -63,7 +63,7 @@ def contiguous(judge: Judge, share: float, tick: Tick = quiet) -> Cut:
 
 
 @dataclass(frozen=True)
-class _Unit:
+class Unit:
     """Something to drop whole: a layer, or one of its parts."""
 
     layer: int
@@ -86,12 +86,12 @@ def layers(judge: Judge, share: float, tick: Tick = quiet) -> Cut:
     Greedy alone may end in a poor set: layers that cost nothing one by one may do the same work.
     """
     dims = judge.stream.dims
-    units = [_Unit(index) for index in range(dims.n_layers)]
+    units = [Unit(index) for index in range(dims.n_layers)]
     greedy = _greedy(judge, units, lambda found: len(found) == n_dropped(dims, share), tick)
-    starts = [_of(dims, greedy), contiguous(judge, share, tick), influence(judge, share)]
+    starts = [dropped(dims, greedy), contiguous(judge, share, tick), influence(judge, share)]
     best = min(starts, key=judge.divergence)
     chosen = [unit for unit in units if best.layers[unit.layer].gone]
-    return _of(dims, _swapped(judge, units, chosen, tick))
+    return dropped(dims, exchanged(judge, units, chosen, tick))
 
 
 def blocks(judge: Judge, share: float, tick: Tick = quiet) -> Cut:
@@ -102,20 +102,21 @@ def blocks(judge: Judge, share: float, tick: Tick = quiet) -> Cut:
     Greedy alone may end in a worse set than whole layers, of which this is the finer choice.
     """
     dims = judge.stream.dims
-    units = [_Unit(index, part) for index in range(dims.n_layers) for part in ("attention", "mlp")]
+    units = [Unit(index, part) for index in range(dims.n_layers) for part in ("attention", "mlp")]
 
-    def enough(found: list[_Unit]) -> bool:
-        return dims.share_removed(_of(dims, found)) >= share - 1e-9
+    def enough(found: list[Unit]) -> bool:
+        return dims.share_removed(dropped(dims, found)) >= share - 1e-9
 
     starts = [_greedy(judge, units, enough, tick)]
     if 0 < round(dims.n_layers * share) < dims.n_layers:
         gone = layers(judge, share, tick).layers
         starts.append(_greedy(judge, units, enough, tick, [unit for unit in units if gone[unit.layer].gone]))
-    best = min(starts, key=lambda found: judge.divergence(_of(dims, found)))
-    return _of(dims, _swapped(judge, units, best, tick))
+    best = min(starts, key=lambda found: judge.divergence(dropped(dims, found)))
+    return dropped(dims, exchanged(judge, units, best, tick))
 
 
-def _of(dims: Dims, units: Iterable[_Unit]) -> Cut:
+def dropped(dims: Dims, units: Iterable[Unit]) -> Cut:
+    """What is left without these units."""
     cut = dims.whole
     for unit in units:
         cut = unit.dropped(cut)
@@ -124,11 +125,11 @@ def _of(dims: Dims, units: Iterable[_Unit]) -> Cut:
 
 def _greedy(
     judge: Judge,
-    units: list[_Unit],
-    enough: Callable[[list[_Unit]], bool],
+    units: list[Unit],
+    enough: Callable[[list[Unit]], bool],
     tick: Tick,
-    gone: Sequence[_Unit] = (),
-) -> list[_Unit]:
+    gone: Sequence[Unit] = (),
+) -> list[Unit]:
     """Units in the order they are dropped, after those that are gone. Lazy: what a unit cost earlier is taken for a
     bound of what it costs now (Minoux 1978), since losses mostly add up; swaps make good for when they do not."""
     dims = judge.stream.dims
@@ -136,11 +137,11 @@ def _greedy(
     chosen = list(gone)
     cut, now, states = dims.whole, 0.0, judge.whole
     if gone:
-        cut = _of(dims, gone)
+        cut = dropped(dims, gone)
         now, states = judge.divergence(cut), judge.stream.all_states()
     known = dict.fromkeys(units, -1.0)
     while not enough(chosen):
-        fresh: set[_Unit] = set()
+        fresh: set[Unit] = set()
         while True:
             best = min((u for u in units if u not in chosen), key=lambda unit: known[unit])
             if best in fresh:
@@ -159,20 +160,29 @@ def _greedy(
     return chosen
 
 
-def _swapped(judge: Judge, units: list[_Unit], chosen: list[_Unit], tick: Tick) -> list[_Unit]:
-    """Exchanges of a dropped unit for a neighbour of its kind that was kept, while one helps, at most a few rounds."""
+def exchanged(judge: Judge, units: list[Unit], chosen: list[Unit], tick: Tick) -> list[Unit]:
+    """`chosen` after exchanges of a dropped unit for a neighbour of its kind that was kept, while one helps, at most a
+    few rounds. Only the layers from the first that an exchange changes are computed for it."""
     dims = judge.stream.dims
     chosen = list(chosen)
-    least = judge.divergence(_of(dims, chosen))
+    least, states = _measured(judge, dropped(dims, chosen))
     for turn in range(_SWAP_ROUNDS):
         before = least
         for place, out in enumerate(list(chosen)):
             near = (u for u in units if u.part == out.part and abs(u.layer - out.layer) <= 1)
             for unit in (u for u in near if u not in chosen):
                 tried = [*chosen[:place], unit, *chosen[place + 1 :]]
-                if (found := judge.divergence(_of(dims, tried))) < least:
-                    chosen, least = tried, found
+                if judge.divergence(dropped(dims, tried), states, min(chosen[place].layer, unit.layer)) < least:
+                    chosen = tried
+                    least, states = _measured(judge, dropped(dims, chosen))
         tick(turn + 1, _SWAP_ROUNDS, "rounds of exchanges")
         if least == before:
             break
     return chosen
+
+
+def _measured(judge: Judge, cut: Cut) -> tuple[float, list[torch.Tensor]]:
+    """A cut's divergence and its hidden states before each layer and after the last."""
+    judge.stream.set(cut)
+    states = judge.stream.all_states()
+    return judge.divergence_of(states[-1]), states
