@@ -1,8 +1,8 @@
 """llama.cpp's own tools as peers: built from the source of the wheel that slimpi runs on, run, and read.
 
-The sdist of llama-cpp-python carries the whole llama.cpp tree, so the tools come from the very commit; they run on the
-wheel's own libraries. A static build of the same code decodes 2 to 3 % faster (seen on x86, Q8_0), which is a
-difference between builds and not one between llama-bench and slimpi.
+The sdist of llama-cpp-python carries the whole llama.cpp tree, so the tools come from the very commit; they are linked
+to the wheel's own libraries and run on them. A static build of the same code decodes 2 to 3 % faster (seen on x86,
+Q8_0), which is a difference between builds and not one between llama-bench and slimpi.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -23,23 +22,18 @@ from pathlib import Path
 import msgspec
 
 from device.records import SlimpiError
-from pipeline.store import digest, places, whole_folder
+from pipeline.store import places, whole_folder
 
-TOOLS = ("llama-bench", "llama-perplexity", "llama-imatrix", "llama-quantize")
+TOOLS = {
+    "llama-bench": "llama-bench",
+    "llama-perplexity": "perplexity",
+    "llama-imatrix": "imatrix",
+    "llama-quantize": "quantize",
+}
+"""{tool: its folder under tools/ of llama.cpp's tree}."""
 PACKAGE = "llama-cpp-python"
-# GGML_* stay at their defaults, as in the wheel: native instructions, OpenMP, repacking.
-CMAKE_OPTIONS = (
-    "-DCMAKE_BUILD_TYPE=Release",
-    "-DBUILD_SHARED_LIBS=ON",
-    "-DCMAKE_BUILD_WITH_INSTALL_RPATH=ON",
-    "-DCMAKE_INSTALL_RPATH=$ORIGIN",
-    "-DLLAMA_CURL=OFF",
-    "-DLLAMA_OPENSSL=OFF",
-    "-DLLAMA_BUILD_TESTS=OFF",
-    "-DLLAMA_BUILD_EXAMPLES=OFF",
-    "-DLLAMA_BUILD_SERVER=OFF",
-    "-DLLAMA_BUILD_APP=OFF",
-)
+_INCLUDES = ("common", "include", "ggml/include", "vendor")
+_LINKED = ("llama-common", "llama", "ggml", "ggml-base", "ggml-cpu")
 _WHEEL_PROBE = """
 import ctypes, json
 from llama_cpp import llama_cpp as api
@@ -87,55 +81,59 @@ class Build:
     commit: str
 
 
-def find_or_build(peers_dir: Path, jobs: int) -> Path:
+def find_or_build(peers_dir: Path) -> Path:
     """Folder of the tools' binaries: `peers_dir/bin` if someone built them there, else our own cached build."""
     given = peers_dir / "bin"
     if all((given / tool).is_file() for tool in TOOLS):
         return given
-    options = [*shlex.split(os.environ.get("CMAKE_ARGS", "")), *CMAKE_OPTIONS]
-    target = peers_dir / f"llama.cpp-{version(PACKAGE)}-{digest(options)[:8]}"
+    target = peers_dir / f"llama.cpp-{version(PACKAGE)}"
     if not target.is_dir():
-        print(f"build llama.cpp's tools from {PACKAGE} {version(PACKAGE)}: about 10 minutes of CPU, once")
+        print(f"build llama.cpp's tools from {PACKAGE} {version(PACKAGE)}: half a minute, once")
         with whole_folder(target) as scratch:
-            _build(scratch, options, jobs)
+            _build(scratch)
     return target
 
 
-def _build(folder: Path, options: Sequence[str], jobs: int) -> None:
+def _build(folder: Path) -> None:
+    link_libraries(folder)
     work = folder / "work"
-    pip = [sys.executable, "-m", "pip"]
     pinned = f"{PACKAGE}=={version(PACKAGE)}"
-    run_tool([*pip, "download", "--quiet", "--no-deps", "--no-binary", PACKAGE, "--dest", str(work), pinned])
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", PACKAGE]
+    run_tool([*pip, "--dest", str(work), pinned])
     (sdist,) = work.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         archive.extractall(work, filter="data")
     (source,) = work.glob("*/vendor/llama.cpp")
-    cmake = shutil.which("cmake")
-    if cmake is None:
-        run_tool([*pip, "install", "--quiet", "--target", str(work / "cmake"), "cmake"])
-        cmake = str(work / "cmake" / "cmake" / "data" / "bin" / "cmake")
-    run_tool([cmake, "-S", str(source), "-B", str(work / "build"), *options])
-    run_tool([cmake, "--build", str(work / "build"), "--parallel", str(jobs), "--target", *TOOLS])
-    assemble(work / "build" / "bin", folder)
+    for tool in TOOLS:
+        run_tool(compiler_line(tool, source, folder))
     shutil.rmtree(work)
 
 
-def assemble(built: Path, folder: Path) -> None:
-    """The tools and what is theirs alone (libllama-*) from `built`; llama.cpp itself from the wheel, by links. The
-    tools look for libraries beside them ($ORIGIN)."""
-    for file in (*(built / tool for tool in TOOLS), *built.glob("libllama-*.so*")):
-        shutil.copy2(file, folder / file.name)
-    for library in wheel_libraries():
+def compiler_line(tool: str, source: Path, folder: Path) -> list[str]:
+    """Compiles a tool of llama.cpp's tree `source` into `folder`, where the libraries are that it runs on ($ORIGIN)."""
+    files = sorted(map(str, (source / "tools" / TOOLS[tool]).glob("*.cpp")))
+    if not files:
+        raise SlimpiError(f"{PACKAGE} {version(PACKAGE)} has no tools/{TOOLS[tool]}. Has llama.cpp's tree changed?")
+    includes = [f"-I{source / part}" for part in _INCLUDES]
+    libraries = [f"-L{folder}", *(f"-l{name}" for name in _LINKED), "-pthread"]
+    # RPATH and not RUNPATH: libllama-common has neither, so that it finds the others by the tool's.
+    where = "-Wl,-rpath,$ORIGIN,--disable-new-dtags"
+    compiler = [os.environ.get("CXX", "c++"), "-std=c++17", "-O2", "-DNDEBUG"]
+    return [*compiler, *includes, *files, "-o", str(folder / tool), *libraries, where]
+
+
+def link_libraries(folder: Path) -> None:
+    """llama.cpp from the installed llama-cpp-python, by links: what Python loads, and what only the tools need."""
+    package, beside = (Path(str(distribution(PACKAGE).locate_file(name))) / "lib" for name in ("llama_cpp", "."))
+    loaded, common = sorted(package.glob("lib*.so*")), sorted(beside.glob("libllama-common.so*"))
+    for place, found in ((package, loaded), (beside / "libllama-common.so", common)):
+        if not found:
+            raise SlimpiError(
+                f"{PACKAGE} has no {place}. Reinstall it from source (pip install --force-reinstall --no-binary "
+                f"{PACKAGE} {PACKAGE})."
+            )
+    for library in (*loaded, *common):
         (folder / library.name).symlink_to(library)
-
-
-def wheel_libraries() -> list[Path]:
-    """llama.cpp's libraries in the installed llama-cpp-python: libllama and libggml*, under each of their names."""
-    package = distribution(PACKAGE).locate_file("llama_cpp")
-    found = sorted(Path(str(package)).glob("lib/lib*.so*"))
-    if not found:
-        raise SlimpiError(f"{PACKAGE} has no libraries in {package}/lib. Install it again (make install).")
-    return found
 
 
 def run_tool(argv: Sequence[str]) -> subprocess.CompletedProcess[str]:
@@ -233,4 +231,4 @@ def _features(system_info: str) -> str:
 
 
 if __name__ == "__main__":
-    print(find_or_build(places().root / "benchmarks" / "peers", os.cpu_count() or 1))
+    print(find_or_build(places().root / "benchmarks" / "peers"))

@@ -231,7 +231,7 @@ def compare(options: argparse.Namespace, where: Places, out: Path) -> Peers:
     models = models_from(options.gguf, where)
     dataset = describe_dataset(options.text, where)
     wheel = llama_tools.probe_wheel()
-    tools = llama_tools.find_or_build(options.peers_dir, options.jobs)
+    tools = llama_tools.find_or_build(options.peers_dir)
     build = llama_tools.probe_build(tools)
     llama_tools.check_same(wheel, "commit", wheel.commit.removesuffix("-dirty"), build.commit)
     scored = Perplexity(dataset=dataset, n_ctx=options.n_ctx, n_chunks=options.chunks)
@@ -263,7 +263,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--repetitions", type=at_least(1), default=1, help="repetitions in a run (default %(default)s)")
     add("--threads", type=at_least(1), default=1, help="inference threads of both (default %(default)s)")
     add("--peers-dir", type=Path, default=Path(__file__).parent / "peers", help="where the tools are, or are built")
-    add("--jobs", type=at_least(1), default=os.cpu_count() or 1, help="compiler processes (default %(default)s)")
     output_options(parser, "peers.json")
     return parser
 

@@ -65,7 +65,7 @@ def peer_files(bench: bench_quality.Bench, percent: int, options: argparse.Names
     """{variant: artifact folder} of llama-quantize's pruned files; SlimpiError if its tool fails."""
     reference = build(bench.recipe, bench.where, bench.progress, options.threads, [bench.recipe.reference])[0]
     artifact = load_artifact(reference)
-    tools = llama_tools.find_or_build(options.peers_dir, os.cpu_count() or 1)
+    tools = llama_tools.find_or_build(options.peers_dir)
     found, subject = {}, None
     for choice, choose in CHOICES.items():
         name = f"prune-layers-{choice}-{percent}-{options.type}"

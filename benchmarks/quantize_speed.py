@@ -176,7 +176,7 @@ def prepare(options: argparse.Namespace, where: Places, progress: Progressor) ->
         with whole_folder(kept) as scratch, progress.step("model, tokens and reference for the peers"):
             _write_inputs(scratch, base, texts)
     peers = options.peers_dir
-    return Bench(kept, base, texts["calibration"], llama_tools.find_or_build(peers, 2), peers, options.threads)
+    return Bench(kept, base, texts["calibration"], llama_tools.find_or_build(peers), peers, options.threads)
 
 
 def _write_inputs(folder: Path, base: Path, texts: dict[str, Path]) -> None:

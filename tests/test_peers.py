@@ -148,21 +148,29 @@ def test_a_folder_of_built_tools_is_taken_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
     for tool in llama_tools.TOOLS:
         (tmp_path / "bin" / tool).touch()
-    assert llama_tools.find_or_build(tmp_path, jobs=1) == tmp_path / "bin"
+    assert llama_tools.find_or_build(tmp_path) == tmp_path / "bin"
 
 
-def test_tools_get_the_wheel_s_libraries_and_not_their_build_s(tmp_path: Path) -> None:
-    built, folder = tmp_path / "built", tmp_path / "tools"
-    built.mkdir()
-    folder.mkdir()
-    theirs = ["libllama-common.so.0", "libllama-bench-impl.so"]
-    for name in (*llama_tools.TOOLS, *theirs, "libllama.so.0", "libggml-cpu.so.0"):
-        (built / name).write_text("built")
-    llama_tools.assemble(built, folder)
-    assert all((folder / name).read_text() == "built" for name in (*llama_tools.TOOLS, *theirs))
+def test_tools_run_on_the_wheel_s_libraries(tmp_path: Path) -> None:
+    llama_tools.link_libraries(tmp_path)
     lib = Path(str(importlib.util.find_spec("llama_cpp").submodule_search_locations[0])) / "lib"  # type: ignore[union-attr, index]
     for name in ("libllama.so.0", "libggml.so.0", "libggml-base.so.0", "libggml-cpu.so.0"):
-        assert (folder / name).samefile(lib / name)
+        assert (tmp_path / name).samefile(lib / name)
+    assert (tmp_path / "libllama-common.so").is_file()  # it is no part of the Python package, but comes with it
+
+
+@pytest.mark.parametrize("tool", llama_tools.TOOLS)
+def test_a_tool_is_compiled_from_its_own_folder(tool: str, tmp_path: Path) -> None:
+    with pytest.raises(SlimpiError, match=f"no tools/{llama_tools.TOOLS[tool]}"):
+        llama_tools.compiler_line(tool, tmp_path, tmp_path)
+    folder = tmp_path / "tools" / llama_tools.TOOLS[tool]
+    folder.mkdir(parents=True)
+    for name in ("main.cpp", "README.md"):
+        (folder / name).write_text("int main() {}")
+    line = llama_tools.compiler_line(tool, tmp_path, tmp_path / "out")
+    assert str(folder / "main.cpp") in line
+    assert str(folder / "README.md") not in line
+    assert line[line.index("-o") + 1] == str(tmp_path / "out" / tool)
 
 
 def test_a_failing_tool_is_one_line() -> None:
