@@ -20,6 +20,7 @@ class DepotError(Exception):
 
 
 def read_request(request: bytes, fields: dict[str, tuple[tuple[type, ...], Any]]) -> dict[str, Any]:
+    """The request's arguments by `fields` {name: (types, default)}; DepotError for anything else in it."""
     if len(request) > MAX_REQUEST_BYTES:
         raise DepotError(f"the request has over {MAX_REQUEST_BYTES} bytes. Ask for less at once")
     try:
@@ -39,6 +40,7 @@ def read_request(request: bytes, fields: dict[str, tuple[tuple[type, ...], Any]]
 
 
 def read_sizes(pairs: list[Any]) -> dict[str, int]:
+    """{sha256: bytes} of [[sha256, bytes], ...]; DepotError for anything else."""
     sizes = {}
     for pair in pairs:
         if not isinstance(pair, list) or len(pair) != 2 or type(pair[1]) is not int or not 0 <= pair[1] < 1 << 62:
@@ -48,6 +50,7 @@ def read_sizes(pairs: list[Any]) -> dict[str, int]:
 
 
 def check(pattern: re.Pattern[str], value: Any, what: str, shown: Any = None) -> str:
+    """`value`, if it is a string that `pattern` fits whole; DepotError otherwise."""
     if not isinstance(value, str) or not pattern.fullmatch(value):
         raise DepotError(f"{short(value if shown is None else shown)} is not {what}. Use the host's own version")
     return value
@@ -77,6 +80,7 @@ def file_size(path: Path) -> int:
 
 
 def read_text(path: Path) -> str:
+    """A file's text, or none."""
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -84,6 +88,7 @@ def read_text(path: Path) -> str:
 
 
 def write_whole(path: Path, data: bytes) -> None:
+    """Write beside, sync, rename: after a loss of power the old content is there, or the new."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("wb") as out:
@@ -97,6 +102,7 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def sync_folder(path: Path) -> None:
+    """Make renames in it last."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

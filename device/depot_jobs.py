@@ -113,6 +113,7 @@ def running(root: Path) -> list[str]:
 
 
 def is_running(folder: Path) -> bool:
+    """Whether the agent holds the job's lock: that ends with its process, however it ended."""
     try:
         lock = os.open(folder / "lock", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except FileNotFoundError:

@@ -64,6 +64,7 @@ def read_chunks(job: Job, task: Perplexity | RecordLogits, model: LanguageModel)
 
 
 def refuse_eos(job: Job, model: LanguageModel, what: str) -> None:
+    """SlimpiError where the tokenizer would put an end token behind the text of each chunk."""
     if model.add_eos:
         raise SlimpiError(
             f"the tokenizer of {job.artifact.id} ends every text with an end token, which {what} "

@@ -77,6 +77,7 @@ def _compare(request: Request, golden: Logits, logits: Logits) -> Iterator[Sampl
 
 
 def summarize_parity(task: Parity, taken: Taken, job: Job) -> list[Measurement]:
+    """A logit's largest difference, KL divergence (nats) and top-1 agreement with the golden outputs; who made them."""
     golden = job.artifact.golden
     told = {"golden_machine": golden.machine, "golden_runtime": golden.runtime} if golden else {}
     return [

@@ -69,6 +69,7 @@ def encode_line(record: Record) -> bytes:
 
 
 def read_record(path: Path, kind: type[R]) -> R:
+    """A file's record. SlimpiError if it cannot be read or is not of that kind."""
     try:
         data = path.read_bytes()
     except OSError as error:

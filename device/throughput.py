@@ -71,6 +71,7 @@ def _repetitions(task: Throughput, done: int) -> Iterator[int]:
 
 
 def summarize_throughput(task: Throughput, taken: Taken, job: Job) -> list[Measurement]:
+    """Prefill and decode in tokens/s, TTFT and load in ms, with what they were taken under."""
     runtime = RUNTIMES[job.artifact.kind].settings
     prompt = {"threads": job.threads, "n_prompt": task.n_prompt, **runtime}
     gen = {"threads": job.threads, "n_gen": task.n_gen, **runtime}

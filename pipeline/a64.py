@@ -158,6 +158,7 @@ class Encoding:
 
 
 def compile_row(extension: str, name: str, bits: str) -> Encoding:
+    """An encoding from its 32 bits, `.` where any bit will do. ValueError if they are not that."""
     digits = bits.replace(" ", "")
     if len(digits) != 32 or set(digits) - set("01."):
         raise ValueError(f"{extension} {name}: {bits!r} is not 32 of `0`, `1`, `.`")

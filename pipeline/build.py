@@ -62,6 +62,7 @@ def build(
 
 
 def chosen_variants(recipe: Recipe, exporter: Exporter, only: list[str] | None) -> list[str]:
+    """The recipe's variants, or the reference and `only`. SlimpiError for one that the exporter does not know."""
     for variant in [*recipe.variants, *(only or [])]:
         try:
             exporter.check(variant)

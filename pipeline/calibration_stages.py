@@ -24,6 +24,7 @@ WITH_IMPORTANCE = frozenset(v for v in llama_quantize.VARIANTS if v not in ("F32
 
 
 def importance_matrix(context: Context, base: Path) -> tuple[Path, Step]:
+    """(importance.npz, lineage) of the recipe's calibration text: mean x² by input channel, as llama-imatrix has it."""
     settings = context.recipe.calibration
     text = sources.dataset(settings.text, context.places.sources)
     key = ["importance", context.source.sha256, sha256_file(text), settings.n_ctx, settings.n_chunks]

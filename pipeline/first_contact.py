@@ -33,6 +33,7 @@ def read_tree(folder: Path) -> list:
 
 
 def keep(data: bytes, folder: Path, code_id: str) -> None:
+    """Unpack a zip of the agent's code and put it in place whole. OSError if its tree is not `code_id`."""
     scratch = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     shutil.rmtree(str(scratch), ignore_errors=True)
     try:

@@ -62,6 +62,8 @@ class Contact(Record, frozen=True, kw_only=True):
 
 
 class Status(Record, frozen=True, kw_only=True):
+    """`status`: the device's room, memory and Python; which of the asked files it lacks, or has bytes of."""
+
     home: Text
     free_bytes: Bytes
     mem_available_bytes: Bytes
@@ -77,23 +79,33 @@ class Status(Record, frozen=True, kw_only=True):
 
 
 class Admitted(Record, frozen=True, kw_only=True):
+    """`admit`: files whose hash was right, and why the others were refused."""
+
     admitted: list[Sha256]
     refused: dict[Sha256, str]
 
 
 class Placed(Record, frozen=True, kw_only=True):
+    """Where an artifact or the agent's environment lies on the device."""
+
     path: Text
 
 
 class Started(Record, frozen=True, kw_only=True):
+    """Whether a job was started or runs already."""
+
     state: Text
 
 
 class Stopped(Record, frozen=True, kw_only=True):
+    """The jobs that were ended."""
+
     stopped: list[Text]
 
 
 class Freed(Record, frozen=True, kw_only=True):
+    """What `clean` removed, and what it left, since it is in use."""
+
     freed_bytes: Bytes
     left: list[Text]
 

@@ -198,6 +198,7 @@ def _linears(checkpoint: Checkpoint, model: torch.nn.Module) -> dict[str, torch.
 
 
 def save(path: Path, found: Sensitivity) -> None:
+    """Write an .npz without pickle; `load` reads it."""
     outer = {
         f"{name}{_TERM}{index}{_TERM}{part}": getattr(term, part).numpy()
         for name, terms in found.outer.items()
@@ -209,6 +210,7 @@ def save(path: Path, found: Sensitivity) -> None:
 
 
 def load(path: Path) -> Sensitivity:
+    """What `save` wrote."""
     with np.load(path, allow_pickle=False) as data:
         arrays = {name: torch.from_numpy(data[name]) for name in data.files}
     outer: dict[str, list[Term]] = {}

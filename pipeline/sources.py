@@ -328,6 +328,7 @@ def dataset(spec: str, cache: Path) -> Path:
 
 
 def data_folder(spec: str) -> Path:
+    """The folder that SLIMPI_DATA names; SlimpiError, naming the dataset `spec` that wants it, if it is not set."""
     value = os.environ.get("SLIMPI_DATA", "")
     if not value:
         raise SlimpiError(f"dataset {spec}: set the environment variable SLIMPI_DATA to your data folder.")

@@ -58,6 +58,7 @@ class Places:
 
 
 def places() -> Places:
+    """All folders under SLIMPI_HOME, or the working directory."""
     return Places(Path(os.environ.get("SLIMPI_HOME", ".")).resolve())
 
 
@@ -82,6 +83,7 @@ def code_version() -> str:
 
 @cache
 def tool_versions() -> dict[str, str]:
+    """What a build depends on beside its inputs: slimpi's own code and the libraries that compute."""
     found = {"slimpi-code": code_version()[:16]}
     for name in _TOOLS:
         try:
@@ -170,6 +172,7 @@ def find_artifact(root: Path, name: str) -> Path:
 
 
 def artifact_id(name: str, key: Any) -> str:
+    """`name` and 12 digits of what it was made from and by. ValueError if that is no id."""
     value = f"{name}-{digest([key, tool_versions()])[:12]}"
     check_id(value)
     return value

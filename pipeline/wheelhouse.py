@@ -62,6 +62,8 @@ _ZIP_DATE = (1980, 1, 1, 0, 0, 0)
 
 
 class Wheel(Record, kw_only=True, frozen=True):
+    """One wheel for the device. origin: a package index, built here for the device, or slimpi's own."""
+
     file: str
     sha256: str
     size_bytes: int

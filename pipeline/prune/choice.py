@@ -15,6 +15,7 @@ _CUT = "cut"
 
 
 def save_pruned(path: Path, pruned: Pruned) -> None:
+    """Cut and refitted matrices in one .npz without pickle; `load_pruned` reads it."""
     tensors = {name: value.numpy() for name, value in pruned.new.items()}
     with path.open("wb") as handle:
         np.savez(handle, allow_pickle=False, **{_CUT: np.array(msgspec.json.encode(pruned.cut).decode())}, **tensors)

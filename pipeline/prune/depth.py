@@ -29,6 +29,7 @@ def n_dropped(dims: Dims, share: float) -> int:
 
 
 def without(dims: Dims, gone: Iterable[int]) -> Cut:
+    """The whole model but these layers."""
     cut = dims.whole
     for index in gone:
         cut = cut.replaced(index, _GONE)

@@ -26,6 +26,8 @@ class Moments:
 
 
 class Sums:
+    """Running sums of inputs (..., columns): x x^T in float32, x and |x| in float64."""
+
     def __init__(self) -> None:
         self.n = 0
 

@@ -55,6 +55,8 @@ def flap(matrix: torch.Tensor, moments: Moments) -> torch.Tensor:
 
 
 def by_column(score: Column, evidence: Evidence, tick: Tick = quiet) -> Scores:
+    """[(KV groups' (groups,), channels' (channels,))] by layer: a column score of the parts' last matrices, for groups
+    summed over their columns."""
     dims = evidence.stream.dims
     found = []
     for ends, (attention, mlp) in zip(evidence.stream.ends, evidence.moments, strict=True):

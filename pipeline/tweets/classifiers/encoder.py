@@ -83,6 +83,7 @@ class EncoderModel:
 
 
 def train_transformer(job: Job, settings: TransformerSettings) -> EncoderModel:
+    """Fine-tune an encoder with a head; `trained = "search"` looks for the components to train first."""
     if settings.trained == "search":
         settings = msgspec.structs.replace(settings, trained=", ".join(find_components(job, settings).trained))
     fit = _tune(job, settings, job.tweets, job.progress)
@@ -190,6 +191,7 @@ class EmbeddingModel:
 
 
 def train_embedding(job: Job, settings: EmbeddingSettings) -> EmbeddingModel:
+    """Logistic regression on a frozen encoder's features; C by cross-entropy on the validation rows."""
     from sklearn.linear_model import LogisticRegression
 
     embedder = _embedder(_folder(job), settings.max_tokens, settings.tidy)

@@ -81,6 +81,7 @@ def mean_log_odds(
 
 
 def train(job: Job, settings: EnsembleSettings) -> EnsembleModel:
+    """Train each member, fit its temperature on the validation rows, and average their log-odds by weight."""
     from pipeline.tweets.classifiers import CLASSIFIERS, settings_of
 
     members, temperatures = [], []

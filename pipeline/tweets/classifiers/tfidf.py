@@ -104,6 +104,7 @@ def _terms(settings: TfidfSettings, tweets: Sequence[Tweet]) -> Counter[str]:
 
 
 def train(job: Job, settings: TfidfSettings) -> TfidfModel:
+    """Logistic regression on TF-IDF of words and n-grams. SlimpiError if no term is frequent enough."""
     from sklearn.linear_model import LogisticRegression
 
     from pipeline.tweets.transformer import cross_entropy
