@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, permutations
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -32,7 +32,7 @@ from pipeline.prune.choice import load_pruned, save_pruned
 from pipeline.prune.cut import Cut, LayerCut, apply, describe, dims_of
 from pipeline.prune.repair import downhill, least_squares, ridge
 from pipeline.prune.scores import SCORES
-from pipeline.prune.stream import Stream
+from pipeline.prune.stream import Judge, Stream
 from pipeline.prune.surgery import operate
 from pipeline.prune.widths import Pruned, uniform_widths
 from pipeline.recipes import Calibration, Golden, Prune, Recipe
@@ -272,22 +272,25 @@ def test_measured_layers_are_the_best_pair_or_nearly(subjects: Callable[[str], S
     assert judge.divergence(depth.contiguous(judge, 0.5)) == pytest.approx(min(runs.values()), rel=1e-6)
 
 
+class WholeJudge(Judge):
+    """Computes every layer for every cut."""
+
+    def divergence(self, cut: Cut, states: Sequence[torch.Tensor] | None = None, start: int = 0) -> float:
+        return super().divergence(cut)
+
+
 @pytest.mark.parametrize("part", ["", "mlp"])
-def test_after_exchanges_no_neighbour_is_better(part: str, subjects: Callable[[str], Subject]) -> None:
-    """Each exchange measured from the embeddings on, where the search starts behind what stays as it was."""
+def test_exchanges_are_those_of_whole_measurements(part: str, subjects: Callable[[str], Subject]) -> None:
     judge = subjects("llama").judge
     dims = judge.stream.dims
     units = [depth.Unit(index, part) for index in range(dims.n_layers)]
-
-    def loss(gone: set[depth.Unit]) -> float:
-        return judge.divergence(depth.dropped(dims, gone))
-
-    pairs = [{a, b} for a in units for b in units[a.layer + 1 :]]
-    worst = max(pairs, key=loss)
-    found = set(depth.exchanged(judge, units, list(worst), quiet))
-    assert loss(found) < loss(worst)
-    near = [{*(found - {out}), kept} for out in found for kept in units if abs(kept.layer - out.layer) == 1]
-    assert all(loss(pair) >= loss(found) for pair in near if len(pair) == 2)
+    gains = []
+    for start in (*permutations(units, 1), *permutations(units, 2)):
+        found = depth.exchanged(judge, units, list(start), quiet)
+        assert found == depth.exchanged(WholeJudge(judge.stream), units, list(start), quiet)
+        gains.append(judge.divergence(depth.dropped(dims, start)) - judge.divergence(depth.dropped(dims, found)))
+    assert min(gains) >= 0
+    assert max(gains) > 0
 
 
 def test_divergence_between_measured_widths_follows_the_loss() -> None:
