@@ -102,7 +102,7 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Make renames in it last."""
+    """What was renamed in it is so after a loss of power, too."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -273,10 +273,12 @@ def test_measured_layers_are_the_best_pair_or_nearly(subjects: Callable[[str], S
 
 
 class WholeJudge(Judge):
-    """Computes every layer for every cut."""
+    """Computes every layer for every cut, and holds what was computed from kept states to that."""
 
     def divergence(self, cut: Cut, states: Sequence[torch.Tensor] | None = None, start: int = 0) -> float:
-        return super().divergence(cut)
+        whole = super().divergence(cut)
+        assert super().divergence(cut, states, start) == whole
+        return whole
 
 
 @pytest.mark.parametrize("part", ["", "mlp"])

@@ -30,10 +30,7 @@ def n_dropped(dims: Dims, share: float) -> int:
 
 def without(dims: Dims, gone: Iterable[int]) -> Cut:
     """The whole model but these layers."""
-    cut = dims.whole
-    for index in gone:
-        cut = cut.replaced(index, _GONE)
-    return cut
+    return dropped(dims, map(Unit, gone))
 
 
 def influence(judge: Judge, share: float, tick: Tick = quiet) -> Cut:
@@ -139,7 +136,7 @@ def _greedy(
     cut, now, states = dims.whole, 0.0, judge.whole
     if gone:
         cut = dropped(dims, gone)
-        now, states = judge.divergence(cut), judge.stream.all_states()
+        now, states = _measured(judge, cut)
     known = dict.fromkeys(units, -1.0)
     while not enough(chosen):
         fresh: set[Unit] = set()
