@@ -95,6 +95,7 @@ def find_or_build(peers_dir: Path) -> Path:
 
 
 def _build(folder: Path) -> None:
+    check_compiler()
     link_libraries(folder)
     work = folder / "work"
     pinned = f"{PACKAGE}=={version(PACKAGE)}"
@@ -109,6 +110,16 @@ def _build(folder: Path) -> None:
     shutil.rmtree(work)
 
 
+def _compiler() -> str:
+    return os.environ.get("CXX", "c++")
+
+
+def check_compiler() -> None:
+    """SlimpiError where there is no C++ compiler; before minutes of download, not after."""
+    if shutil.which(_compiler()) is None:
+        raise SlimpiError(f"no C++ compiler: {_compiler()} is not on the PATH. Install one (g++, clang) or set CXX.")
+
+
 def compiler_line(tool: str, source: Path, folder: Path) -> list[str]:
     """Compiles a tool of llama.cpp's tree `source` into `folder`, where the libraries are that it runs on ($ORIGIN)."""
     files = sorted(map(str, (source / "tools" / TOOLS[tool]).glob("*.cpp")))
@@ -118,7 +129,7 @@ def compiler_line(tool: str, source: Path, folder: Path) -> list[str]:
     libraries = [f"-L{folder}", *(f"-l{name}" for name in _LINKED), "-pthread"]
     # RPATH and not RUNPATH: libllama-common has neither, so that it finds the others by the tool's.
     where = "-Wl,-rpath,$ORIGIN,--disable-new-dtags"
-    compiler = [os.environ.get("CXX", "c++"), "-std=c++17", "-O2", "-DNDEBUG"]
+    compiler = [_compiler(), "-std=c++17", "-O2", "-DNDEBUG"]
     return [*compiler, *includes, *files, "-o", str(folder / tool), *libraries, where]
 
 

@@ -173,6 +173,13 @@ def test_a_tool_is_compiled_from_its_own_folder(tool: str, tmp_path: Path) -> No
     assert line[line.index("-o") + 1] == str(tmp_path / "out" / tool)
 
 
+def test_without_a_compiler_nothing_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(SlimpiError, match=r"no C\+\+ compiler: no-such-compiler .* Install one"):
+        llama_tools.find_or_build(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_failing_tool_is_one_line() -> None:
     with pytest.raises(SlimpiError, match=r"python.* failed with code 3: first \| second"):
         llama_tools.run_tool(
