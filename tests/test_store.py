@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import os
 from pathlib import Path
 
 import pytest
 
 from device.records import SlimpiError
+from pipeline import store
 from pipeline.store import artifact_id, build_lock, digest, find_artifact, stage, whole_folder
 
 
@@ -60,6 +62,32 @@ def test_id_depends_on_every_part_of_the_key_and_on_code(monkeypatch: pytest.Mon
     assert base != artifact_id("m-q4_0", [{"a": 2}, "Q4_0"])
     monkeypatch.setattr("pipeline.store.tool_versions", lambda: {"slimpi-code": "changed"})
     assert base != artifact_id("m-q4_0", [{"a": 1}, "Q4_0"])
+
+
+def _imported(root: Path, module: Path) -> set[Path]:
+    """Modules of the package in `root` that `module` imports, inside functions too."""
+    names = set()
+    for node in ast.walk(ast.parse(module.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    parts = [root.parent.joinpath(*name.split(".")) for name in names if name.split(".")[0] == root.name]
+    return {path for part in parts for path in (part.with_suffix(".py"), part / "__init__.py") if path.is_file()}
+
+
+def test_code_that_exporters_use_is_part_of_an_artifact_s_id() -> None:
+    root = Path(store.__file__).parent
+    found, todo = set[Path](), [root / "exporters.py"]
+    while todo:
+        module = todo.pop()
+        if module not in found:
+            found.add(module)
+            todo += _imported(root, module)
+    assert root / "export" / "llama_quantize.py" in found
+    used = {path.relative_to(root).as_posix() for path in found}
+    assert used & store._NOT_BUILDING == {"progress.py", "locks.py"}  # they only show, and wait
+    assert all((root / name).is_file() for name in store._NOT_BUILDING)
 
 
 def test_digest_ignores_key_order() -> None:
