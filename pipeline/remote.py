@@ -14,20 +14,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
-from msgspec import Meta
 
-from device.records import Record, Sha256, SlimpiError, decode
+from device.records import SlimpiError, decode
 from device.schema import File, Job
 from pipeline import first_contact, transport
 from pipeline.hosts import Host
 from pipeline.progress import Progressor
+from pipeline.replies import Admitted, Contact, Freed, Nothing, Placed, Started, Status, Stopped
 from pipeline.transport import LINK_FAILED, Parcel
 
-Bytes = Annotated[int, Meta(ge=0, le=1 << 62)]
-Text = Annotated[str, Meta(max_length=4096)]
 Reply = TypeVar("Reply")
 
 BACKOFF_S: tuple[float, ...] = (0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 30.0)
@@ -44,74 +42,6 @@ DISK_RESERVE_BYTES = 128 * 2**20
 """Left free on the device: journals, reports, and what the system itself writes meanwhile."""
 
 CLASSES = ("artifact", "wheels", "data", "code")
-
-
-class Contact(Record, frozen=True, kw_only=True):
-    """What first_contact says."""
-
-    home: Text
-    code: bool
-    python: Text
-    glibc: Text
-    machine: Text
-    board: Text
-    cores: Annotated[int, Meta(ge=1, le=4096)]
-    governors: dict[Text, Text]
-    time_unix_s: float
-    error: str
-
-
-class Status(Record, frozen=True, kw_only=True):
-    """`status`: the device's room, memory and Python; which of the asked files it lacks, or has bytes of."""
-
-    home: Text
-    free_bytes: Bytes
-    mem_available_bytes: Bytes
-    mem_total_bytes: Bytes
-    python: Text
-    machine: Text
-    glibc: Text
-    missing: list[Sha256]
-    partial: dict[Sha256, Bytes]
-    running: list[Text]
-    rsync: bool
-    board: Text
-
-
-class Admitted(Record, frozen=True, kw_only=True):
-    """`admit`: files whose hash was right, and why the others were refused."""
-
-    admitted: list[Sha256]
-    refused: dict[Sha256, str]
-
-
-class Placed(Record, frozen=True, kw_only=True):
-    """Where an artifact or the agent's environment lies on the device."""
-
-    path: Text
-
-
-class Started(Record, frozen=True, kw_only=True):
-    """Whether a job was started or runs already."""
-
-    state: Text
-
-
-class Stopped(Record, frozen=True, kw_only=True):
-    """The jobs that were ended."""
-
-    stopped: list[Text]
-
-
-class Freed(Record, frozen=True, kw_only=True):
-    """What `clean` removed, and what it left, since it is in use."""
-
-    freed_bytes: Bytes
-    left: list[Text]
-
-
-class Nothing(Record, frozen=True, kw_only=True):
-    """The reply of a command that only does something."""
 
 
 @dataclass(frozen=True)
