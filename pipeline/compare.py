@@ -1,4 +1,4 @@
-"""Reports -> one table and one answer: which variant to run, and what it loses.
+"""Reports -> the rows of one table, with what each variant loses; what follows from them is pipeline/answer.py.
 
 Only like is compared with like; differences are paired and carry 95% intervals; an interval that holds zero prints
 "no difference"; a speed whose run was not valid is shown, marked, and left out of the answer. Quality does not depend
@@ -23,8 +23,6 @@ from pipeline.energy import Energy, Reading, of_task
 from pipeline.paired import Difference, accuracy_difference, paired_difference
 
 MAX_NATS = 700.0  # exp of more is no float; nothing but a broken model comes near
-# "No difference" recommends a variant only if the interval also rules out a loss as large as this.
-TOLERANCE = {"% ppl": 3.0, "points": 2.0}
 _MUST_EQUAL = (
     *("n_ctx", "n_chunks", "corpus_sha256", "reference_sha256"),
     *("n_prompt", "n_gen", "batch_size", "n_rows", "n_questions"),
@@ -208,7 +206,7 @@ def pareto(candidates: Sequence[Row]) -> set[str]:
     """Ids of rows that no other row beats in size and mean loss at once (reference loss = 0)."""
 
     def cost(row: Row) -> tuple[float, float]:
-        return row.artifact.size_bytes, 0.0 if row.loss is None else _badness(row.loss)
+        return row.artifact.size_bytes, 0.0 if row.loss is None else badness(row.loss)
 
     kept = set()
     for row in candidates:
@@ -221,12 +219,7 @@ def pareto(candidates: Sequence[Row]) -> set[str]:
     return kept
 
 
-def _worst(loss: Difference) -> float:
-    """The bad end of the interval, in the direction of `_badness`."""
-    return -loss.low if loss.unit == "points" else loss.high
-
-
-def _badness(loss: Difference) -> float:
+def badness(loss: Difference) -> float:
     """Points of accuracy lost or percent of perplexity gained: more is worse for both."""
     return -loss.mean if loss.unit == "points" else loss.mean
 
@@ -235,43 +228,6 @@ def groups(candidates: Sequence[Row]) -> list[tuple[str, str, list[Row]]]:
     """(host, model, rows) in the order they came: what may be compared with each other."""
     keys = dict.fromkeys((r.host, r.artifact.model) for r in candidates)
     return [(h, m, [r for r in candidates if (r.host, r.artifact.model) == (h, m)]) for h, m in keys]
-
-
-def answer(candidates: Sequence[Row]) -> list[str]:
-    """Plain sentences per device and model: the smallest variant without a measurable loss, and the fastest."""
-    lines = []
-    several = len({r.host for r in candidates}) > 1
-    for host, model, group in groups(candidates):
-        who = f"{host}, {model}" if several else model
-        known = [r for r in group if r.quality_known]
-        timed = [r for r in group if r.speed_valid and not math.isnan(r.speed)]
-        alike = [r for r in known if r.loss is None or not (r.loss.significant and _badness(r.loss) > 0)]
-        lossless = [r for r in alike if r.loss is None or _worst(r.loss) <= TOLERANCE[r.loss.unit]]
-        if lossless:
-            lines.append(f"{who}: " + _recommend("smallest without a measurable loss", min(lossless, key=_size)))
-            unsettled = [r.artifact.variant for r in alike if r not in lossless]
-            if unsettled:
-                lines.append(f"{who}: too few samples to judge {', '.join(unsettled)}: measure more chunks or rows.")
-        else:
-            lines.append(f"{who}: no loss was measured against the reference, so nothing can be recommended.")
-        if group[0].report.provenance == "emulated":
-            lines.append(f"{who}: which is fastest an emulated machine cannot tell.")
-        elif timed:
-            lines.append(f"{who}: " + _recommend("fastest", max(timed, key=lambda r: r.speed)))
-        else:
-            lines.append(f"{who}: no valid speed, so which is fastest is not said.")
-    return lines
-
-
-def _size(row: Row) -> int:
-    return row.artifact.size_bytes
-
-
-def _recommend(why: str, row: Row) -> str:
-    loss = "the reference itself" if row.loss is None else f"loss {describe_loss(row)}"
-    return (
-        f"{why} is {row.artifact.variant} ({row.artifact.size_bytes / 2**20:.1f} MiB, {describe_speed(row)}; {loss})."
-    )
 
 
 def describe_loss(row: Row) -> str:

@@ -22,10 +22,10 @@ from pipeline.locks import locked
 
 # Modules that show, move or check things; a change in them does not change an artifact. All others do.
 _NOT_BUILDING = {
-    *("a64.py", "board.py", "classify.py", "cli.py", "cli_tweets.py", "compare.py", "compare_choices.py"),
-    *("crossbuild.py", "deploy.py", "elf.py", "energy.py", "first_contact.py", "follow.py", "hosts.py", "isa.py"),
-    *("locks.py", "options.py", "progress.py", "recordings.py", "remote.py", "replies.py", "table.py"),
-    *("transport.py", "watch.py", "wheelhouse.py"),
+    *("a64.py", "answer.py", "board.py", "classify.py", "cli.py", "cli_tweets.py", "compare.py"),
+    *("compare_choices.py", "crossbuild.py", "deploy.py", "elf.py", "energy.py", "first_contact.py", "follow.py"),
+    *("hosts.py", "isa.py", "locks.py", "options.py", "progress.py", "recordings.py", "remote.py", "replies.py"),
+    *("table.py", "transport.py", "watch.py", "wheelhouse.py"),
     *("tweets/ablation.py", "tweets/explore.py", "tweets/explore_page.py", "tweets/predict.py"),
 }
 _TOOLS = ("llama-cpp-python", "gguf", "torch", "transformers", "onnx", "onnxruntime", "optimum-onnx", "numpy")

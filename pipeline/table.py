@@ -12,9 +12,9 @@ from rich.text import Text
 
 from device.results import Report
 from device.schema import Artifact
+from pipeline.answer import answer
 from pipeline.compare import (
     Row,
-    answer,
     describe_divergence,
     describe_energy,
     describe_latency,

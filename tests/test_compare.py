@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from device.records import SlimpiError
 from device.results import Facts, Measurement, Report, TaskResult
 from device.schema import Artifact, Dataset, File, Perplexity, Throughput
+from pipeline.answer import answer
 from pipeline.compare import (
     accuracy_difference,
-    answer,
     loss_percent,
     paired_difference,
     pareto,
@@ -189,6 +189,41 @@ def test_answer_is_the_smallest_without_loss_and_skips_invalid_runs() -> None:
     text = "\n".join(answer(rows(reports)))
     assert "fastest is Q2_K" in text
     assert "Q6_K (110.0 MiB, 20 prefill, 99.0 decode token/s (not valid)" in text
+
+
+def _lossy(percent: float) -> list[float]:
+    """Every chunk's perplexity is larger by so much, and a thousandth more or less."""
+    return [x + math.log1p(percent / 100) + d for x, d in zip(REFERENCE, [0.001, -0.001] * 3, strict=True)]
+
+
+def test_what_an_accepted_loss_buys_is_told_once_and_never_beyond_it() -> None:
+    reports = [report("F16", REFERENCE, 270, 5.0), report("Q8_0", SAME, 140, 7.0)]
+    reports += [report("Q4_K_M", _lossy(4), 100, 9.0), report("Q4_0", _lossy(8), 110, 12.0)]
+    reports += [report("IQ3_M", _lossy(9), 80, 6.0), report("Q2_K", _lossy(60), 60, 13.0)]
+    said = answer(rows(reports))
+    assert said[0].startswith("m: smallest without a measurable loss is Q8_0 (140.0 MiB")
+    assert said[1].startswith("m: at most 5 % of perplexity lost: smallest is Q4_K_M (100.0 MiB")
+    assert "; fastest is Q4_K_M (" in said[1]
+    assert said[2].startswith("m: at most 10 % of perplexity lost: smallest is IQ3_M (80.0 MiB")
+    assert "; fastest is Q4_0 (110.0 MiB" in said[2]
+    assert said[3].startswith("m: fastest is Q2_K")  # a loss of 60 % is nobody's to accept unasked
+    assert len(said) == 4
+
+
+def test_a_loss_is_accepted_by_the_bad_end_of_its_interval() -> None:
+    vague = [x + d for x, d in zip(REFERENCE, [0.03, 0.05, 0.03, 0.05, 0.03, 0.05], strict=True)]
+    said = answer(rows([report("F16", REFERENCE, 270), report("Q4_0", vague, 60)]))
+    assert "+4.1 % ppl [+2.9, +5.3]" in said[1]
+    assert said[1].startswith("m: at most 10 % of perplexity lost")
+
+
+def test_no_speed_of_an_emulated_machine_or_an_invalid_run_is_bought() -> None:
+    slow = [report("F16", REFERENCE, 270, 5.0), report("Q4_0", _lossy(4), 60, 12.0, warnings=("throttled",))]
+    assert "fastest is" not in answer(rows(slow))[1]
+    guests = [msgspec.structs.replace(r, provenance="emulated") for r in (slow[0], report("Q4_0", _lossy(4), 60, 12.0))]
+    said = answer(rows(guests))
+    assert said[1].startswith("m: at most 5 % of perplexity lost: smallest is Q4_0")
+    assert not any("fastest is Q4_0" in line for line in said)
 
 
 def test_an_unstable_time_to_load_is_told_and_leaves_the_speed_valid(capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,7 +21,8 @@ from device.records import SlimpiError
 from device.results import Measurement, Report, TaskResult
 from device.schema import Choices, Dataset, File, Question
 from pipeline import fit, questions
-from pipeline.compare import answer, rows
+from pipeline.answer import answer
+from pipeline.compare import rows
 from pipeline.compare_choices import describe_choices
 from pipeline.jobs import bench_settings, describe_questions, tasks_for
 from pipeline.questions import DEMO, SETS, read
