@@ -49,7 +49,7 @@ def _bought(lossless: Sequence[Row], known: Sequence[Row], timed: Sequence[Row])
     smallest, fastest = min(lossless, key=_size), _fastest(lossless, timed)
     unit = next((r.loss.unit for r in known if r.loss), "% ppl")
     for accepted in ACCEPTED[unit]:
-        within = [r for r in known if r.artifact.id in free or (r.loss and _worst(r.loss) <= accepted)]
+        within = [r for r in known if r.artifact.id in free or (r.loss and _loses_at_most(r.loss, accepted, unit))]
         found = min(within, key=_size), _fastest(within, timed)
         bought = [
             _recommend(why, row)
@@ -65,6 +65,11 @@ def _bought(lossless: Sequence[Row], known: Sequence[Row], timed: Sequence[Row])
 def _fastest(within: Sequence[Row], timed: Sequence[Row]) -> Row | None:
     ids = {r.artifact.id for r in within}
     return max((r for r in timed if r.artifact.id in ids), key=_speed, default=None)
+
+
+def _loses_at_most(loss: Difference, accepted: float, unit: str) -> bool:
+    """A row whose perplexity failed counts in points of zero-shot accuracy: those are no percent."""
+    return loss.unit == unit and _worst(loss) <= accepted
 
 
 def _worst(loss: Difference) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import msgspec
 import numpy as np
@@ -22,6 +23,7 @@ from pipeline.compare import (
     perplexity,
     rows,
 )
+from pipeline.paired import Difference
 from pipeline.table import show
 
 CORPUS = File(path="c/text.txt", sha256="c" * 64, size_bytes=10)
@@ -215,6 +217,16 @@ def test_a_loss_is_accepted_by_the_bad_end_of_its_interval() -> None:
     said = answer(rows([report("F16", REFERENCE, 270), report("Q4_0", vague, 60)]))
     assert "+4.1 % ppl [+2.9, +5.3]" in said[1]
     assert said[1].startswith("m: at most 10 % of perplexity lost")
+
+
+def test_points_of_accuracy_are_no_percent_of_perplexity() -> None:
+    """A row whose perplexity failed has its loss in zero-shot answers."""
+    reference, four, other = rows(
+        [report("F16", REFERENCE, 270), report("Q4_K_M", _lossy(4), 100), report("Q2_K", _lossy(4), 60)]
+    )
+    other = replace(other, loss=Difference(-4.5, -4.6, -4.4, 600, "points"))
+    said = answer([reference, four, other])
+    assert said[1].startswith("m: at most 5 % of perplexity lost: smallest is Q4_K_M")
 
 
 def test_no_speed_of_an_emulated_machine_or_an_invalid_run_is_bought() -> None:
