@@ -26,6 +26,7 @@ from pipeline.hosts import LOCAL, Host
 from pipeline.jobs import bench_settings, tasks_for
 from pipeline.progress import Progressor
 from pipeline.remote import Device, Goods
+from pipeline.replies import Status
 from pipeline.store import Places, digest, load_artifact
 from pipeline.transport import run
 
@@ -321,7 +322,7 @@ def _data_files(plan: Plan) -> list[File]:
     return [task.dataset.file for task in plan.tasks if isinstance(task, Perplexity | Tweets | Divergence | Choices)]
 
 
-def refuse_if_busy(device: Device, seen: remote.Status, own: set[str]) -> None:
+def refuse_if_busy(device: Device, seen: Status, own: set[str]) -> None:
     """SlimpiError if jobs other than our own run there."""
     others = sorted(set(seen.running) - own)
     if others:
@@ -332,7 +333,7 @@ def refuse_if_busy(device: Device, seen: remote.Status, own: set[str]) -> None:
         )
 
 
-def _check_memory(device: Device, seen: remote.Status, plans: Sequence[Plan], settings: Settings) -> None:
+def _check_memory(device: Device, seen: Status, plans: Sequence[Plan], settings: Settings) -> None:
     if settings.force or seen.running:  # what runs already takes its memory from the figure
         return
     for plan in plans:

@@ -26,6 +26,7 @@ from pipeline import deploy, remote, transport
 from pipeline.compare import rows
 from pipeline.hosts import LOCAL, Host
 from pipeline.progress import Progressor
+from pipeline.replies import Status
 from pipeline.store import Places, load_artifact
 from pipeline.table import show
 
@@ -359,7 +360,7 @@ def test_memory_that_will_not_do_is_refused_with_numbers_before_anything_is_sent
     folder = make_artifact(places)
     real = remote.status
 
-    def small(device: remote.Device, goods: object = ()) -> remote.Status:
+    def small(device: remote.Device, goods: object = ()) -> Status:
         return msgspec.structs.replace(real(device, goods), mem_available_bytes=20_000_000)  # type: ignore[arg-type]
 
     monkeypatch.setattr(remote, "status", small)
