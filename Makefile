@@ -25,7 +25,7 @@ help:           ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/ /'
 
 demo: install   ## set up, build every variant of two small models, run them here, print the comparison
-	$(SLIMPI) deploy $(DEMO_RECIPES) --on local
+	$(SLIMPI) deploy $(DEMO_RECIPES) --on local $(DEPLOY_SIZES)
 
 install: $(VENV)/installed
 
