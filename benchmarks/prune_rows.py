@@ -65,10 +65,23 @@ class PruneRow(Record, frozen=True, kw_only=True):
     def repaired(self) -> bool:
         return "+REPAIR" in self.variant
 
+    @property
+    def quantized(self) -> str:
+        """The variant behind the pruning, such as Q8_0."""
+        return self.variant[found.end() :] if (found := _PERCENT.search(self.variant)) else self.variant
+
+    def comparable(self, peer: PruneRow) -> bool:
+        """Whether it is in the peer's type, no larger, and was measured on the same text against the same reference."""
+        mine, theirs = (
+            (row.quantized, row.score.corpus_sha256, row.score.n_ctx, row.score.reference_nll_chunks)
+            for row in (self, peer)
+        )
+        return mine == theirs and self.size_bytes <= peer.size_bytes * (1 + SIZE_SLACK)
+
 
 class Verdict(Record, frozen=True, kw_only=True):
-    """quality: our best repaired file of at most the peer's bytes against the peer's best, by perplexity; ratio is ours
-    over theirs. speed: the gain of decoding over the share of weights removed. Recomputable from the rows."""
+    """quality: our best repaired file in the peer's type and of at most its bytes against the peer's best, by perplexity;
+    ratio is ours over theirs. speed: the gain of decoding over the share of weights removed. Recomputable from the rows."""
 
     model: str
     what: Literal["quality", "speed"]
@@ -118,8 +131,7 @@ def _quality(rows: Sequence[PruneRow], percent: float) -> list[Verdict]:
     if not peers:
         return []
     peer = min(peers, key=lambda row: row.score.perplexity)
-    most = peer.size_bytes * (1 + SIZE_SLACK)
-    ours = [row for row in rows if row.percent == percent and row.repaired and row.size_bytes <= most]
+    ours = [row for row in rows if row.percent == percent and row.repaired and row.comparable(peer)]
     if not ours:
         return []
     best = min(ours, key=lambda row: row.score.perplexity)

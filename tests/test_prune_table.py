@@ -17,7 +17,12 @@ from pipeline.variants import parse_variant
 
 
 def row(
-    variant: str, nll: list[float], size: int = 1000, maker: Maker = "slimpi", speed: tuple[float, ...] = ()
+    variant: str,
+    nll: list[float],
+    size: int = 1000,
+    maker: Maker = "slimpi",
+    speed: tuple[float, ...] = (),
+    reference: float = 3.0,
 ) -> PruneRow:
     score = Score(
         corpus="c",
@@ -29,7 +34,7 @@ def row(
         kld_chunks=[0.1] * len(nll),
         same_top_chunks=[0.9] * len(nll),
         nll_chunks=nll,
-        reference_nll_chunks=[3.0] * len(nll),
+        reference_nll_chunks=[reference] * len(nll),
         kld_stderr=0.0,
         kld_median=0.1,
         kld_p99=0.2,
@@ -72,6 +77,8 @@ def test_the_best_repaired_file_of_their_bytes_is_compared_with_their_best() -> 
         row("WIDTH+REPAIR-20-F16", [2.5, 2.6], size=1000),
         row("LAYERS+REPAIR-20-F16", [2.8, 2.9]),
         row("LAYERS+REPAIR-30-F16", [2.9, 2.9]),  # nothing to compare with
+        row("WIDTH+REPAIR-20-Q4_K_M", [2.4, 2.5], size=500),  # another type
+        row("HIDDEN+REPAIR-20-F16", [2.4, 2.5], reference=3.001),  # on a machine whose reference differs
     ]
     (verdict,) = verdicts_of(rows)
     assert (verdict.variant, verdict.peer, verdict.percent) == ("WIDTH+REPAIR-20-F16", "prune-layers-run-20-F16", 20)
