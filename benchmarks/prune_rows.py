@@ -80,8 +80,8 @@ class PruneRow(Record, frozen=True, kw_only=True):
 
 
 class Verdict(Record, frozen=True, kw_only=True):
-    """quality: our best repaired file in the peer's type and of at most its bytes against the peer's best, by perplexity;
-    ratio is ours over theirs. speed: the gain of decoding over the share of weights removed. Recomputable from the rows."""
+    """quality: our best repaired file in the type and of at most the bytes of the peer's best, by perplexity; ratio is
+    ours over theirs. speed: the gain of decoding over the share of weights removed. Recomputable from the rows."""
 
     model: str
     what: Literal["quality", "speed"]
