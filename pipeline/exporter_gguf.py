@@ -38,7 +38,7 @@ def _prepare_gguf(context: Context) -> Prepared:
         )
     base, model = lossless(context)
     lineage = [Step(action="convert", source=context.source.spec, settings={"dtype": "auto (lossless)"})]
-    if any(v in WITH_IMPORTANCE for v in recipe.variants):
+    if any(v in WITH_IMPORTANCE for v in context.variants):
         importance_matrix(context, base)  # before any variant: a text that is no good is told at once
     notes = [f"the reference: {note}" for note in model.notes]
     return Prepared(base, model.vocab.sha256(), lineage, notes)

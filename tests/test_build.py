@@ -105,6 +105,15 @@ def test_second_build_reuses_and_a_damaged_file_is_built_again(
     assert damaged.read_bytes() != bytes(data)
 
 
+def test_what_no_asked_variant_needs_is_not_made(tmp_path: Path, places: Places) -> None:
+    """The importance matrix of a real model takes minutes; neither the reference nor Q8_0 reads it."""
+    recipe = tiny_recipe("llama-3.1-8b", tmp_path / "hf", ["BF16", "Q8_0", "Q4_0"])
+    build(recipe, places, Progressor(plain=True), only=["Q8_0"])
+    assert not list(places.stages.glob("*-importance-*"))
+    build(recipe, places, Progressor(plain=True))
+    assert len(list(places.stages.glob("*-importance-*"))) == 1
+
+
 def test_measured_jobs_are_replayed_and_again_measures_anew(tmp_path: Path, places: Places) -> None:
     recipe = tiny_recipe("qwen2.5-7b", tmp_path / "hf", ["BF16"])
     (folder,) = build(recipe, places, Progressor(plain=True))
