@@ -7,27 +7,18 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
+import bench_quality
 import gguf
 import msgspec
 import numpy as np
 import pytest
+import quality_plot
 import reference_divergence as twin
 import torch
 from fakes import write_llama
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import save_tiny
-
-from device.records import SlimpiError, decode, encode, read_record
-from device.results import Measurement
-from device.schema import Dataset, File
-
-TESTS = Path(__file__).parent
-sys.path.insert(0, str(TESTS.parent / "benchmarks"))  # scripts, not a package
-
-import bench_quality  # noqa: E402
-import quality_plot  # noqa: E402
-from quality_rows import (  # noqa: E402
+from quality_rows import (
     Conditions,
     Maker,
     Quality,
@@ -42,8 +33,12 @@ from quality_rows import (  # noqa: E402
     ratio_at_equal_bytes,
     verdicts_of,
 )
+from tiny_models import save_tiny
 
-from pipeline.recordings import Recording  # noqa: E402
+from device.records import SlimpiError, decode, encode, read_record
+from device.results import Measurement
+from device.schema import Dataset, File
+from pipeline.recordings import Recording
 
 SHA = "0" * 64
 

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-import sys
 from pathlib import Path
 
+import mxq_table
 import pytest
 import torch
 from tiny_models import save_tiny
 
 from device.records import read_record
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))  # scripts, not a package
-
-import mxq_table
-
 from pipeline.checkpoint import load
 from pipeline.export.gguf import gguf_tensors
 from pipeline.formats import FORMATS

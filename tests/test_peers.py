@@ -8,18 +8,11 @@ import random
 import sys
 from pathlib import Path
 
+import llama_tools
 import msgspec
+import peers
 import pytest
-
-from device.records import SlimpiError, decode, encode
-from device.schema import Throughput
-
-TESTS = Path(__file__).parent
-sys.path.insert(0, str(TESTS.parent / "benchmarks"))  # scripts, not a package
-
-import llama_tools  # noqa: E402
-import peers  # noqa: E402
-from peer_rows import (  # noqa: E402
+from peer_rows import (
     Conditions,
     Peers,
     PerplexityRow,
@@ -31,7 +24,10 @@ from peer_rows import (  # noqa: E402
     verdicts_of,
 )
 
-GOLDEN = TESTS / "golden"
+from device.records import SlimpiError, decode, encode
+from device.schema import Throughput
+
+GOLDEN = Path(__file__).parent / "golden"
 FEATURES = "SSE3 SSSE3 AVX AVX2 F16C FMA BMI2 AVX512 AVX512_VBMI AVX512_VNNI AVX512_BF16 LLAMAFILE OPENMP REPACK"
 SHA = "0" * 64
 

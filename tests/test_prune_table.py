@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))  # scripts, not a package
-
 import prune_table
+import pytest
 from prune_rows import Maker, PruneRow, SpeedPair, merged, table, verdict_line, verdicts_of
 from quality_rows import Score
 
