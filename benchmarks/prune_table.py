@@ -72,7 +72,8 @@ def peer_files(bench: bench_quality.Bench, percent: int, options: argparse.Names
         folder = bench.where.stages / f"{bench.recipe.name}-{name}-{digest([artifact.files, bench.recipe.prune])[:12]}"
         if not (folder / "manifest.json").is_file():
             subject = subject or _subject(bench, reference / artifact.entry)
-            cut = choose(subject.judge, percent / 100)
+            with bench.progress.step(f"choose layers for llama-quantize by {choice}, {percent} %") as tick:
+                cut = choose(subject.judge, percent / 100, tick)
             gone = [str(index) for index, layer in enumerate(cut.layers) if layer.gone]
             with whole_folder(folder) as scratch:
                 argv = [str(tools / "llama-quantize"), "--prune-layers", ",".join(gone)]
