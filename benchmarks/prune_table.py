@@ -29,12 +29,15 @@ from prune_rows import Accuracy, PruneRow, Pruning, SpeedPair
 
 from device.records import SlimpiError, encode, read_record, write_atomic
 from device.schema import Choices, Job, Provenance, Throughput, describe_file
-from pipeline import checkpoint, quantize, sensitivity, sources
+from pipeline import checkpoint
 from pipeline.build import build
 from pipeline.deploy import run_job
+from pipeline.exporter import Context
+from pipeline.exporter_gguf import lossless
 from pipeline.jobs import describe_questions
 from pipeline.progress import Progressor
-from pipeline.prune import Subject, depth
+from pipeline.prune import PruneSpec
+from pipeline.pruning import chosen
 from pipeline.recordings import sample_ticker
 from pipeline.store import Places, digest, load_artifact, places, whole_folder, write_manifest
 from pipeline.variants import parse_variant
@@ -42,8 +45,8 @@ from pipeline.variants import parse_variant
 HOST: Provenance = "host"
 RECIPES = ("smollm2-135m-prune",)
 PERCENTS = (10, 20, 30)
-CHOICES = {"influence": depth.influence, "run": depth.contiguous}
-"""Whose layers llama-quantize is told to drop."""
+CHOICES = {"influence": "layers_influence", "run": "layers_run"}
+"""Whose layers llama-quantize is told to drop: what those of PRUNERS choose."""
 
 WAYS = ("layers", "blocks", "width", "widths_fisher", "widths")
 OTHERS = ("layers_influence", "layers_run", "width_wanda", "width_flap", "width_taylor", "widths_flap", "hidden")
@@ -66,14 +69,13 @@ def peer_files(bench: bench_quality.Bench, percent: int, options: argparse.Names
     reference = build(bench.recipe, bench.where, bench.progress, options.threads, [bench.recipe.reference])[0]
     artifact = load_artifact(reference)
     tools = llama_tools.find_or_build(options.peers_dir)
-    found, subject = {}, None
-    for choice, choose in CHOICES.items():
+    context = Context(bench.recipe, bench.source, bench.where, options.threads, bench.progress)
+    found = {}
+    for choice, pruner in CHOICES.items():
         name = f"prune-layers-{choice}-{percent}-{options.type}"
         folder = bench.where.stages / f"{bench.recipe.name}-{name}-{digest([artifact.files, bench.recipe.prune])[:12]}"
         if not (folder / "manifest.json").is_file():
-            subject = subject or _subject(bench, reference / artifact.entry)
-            with bench.progress.step(f"choose layers for llama-quantize by {choice}, {percent} %") as tick:
-                cut = choose(subject.judge, percent / 100, tick)
+            cut = chosen(context, lossless(context)[0], PruneSpec(pruner, "", percent)).cut
             gone = [str(index) for index, layer in enumerate(cut.layers) if layer.gone]
             with whole_folder(folder) as scratch:
                 argv = [str(tools / "llama-quantize"), "--prune-layers", ",".join(gone)]
@@ -88,15 +90,6 @@ def peer_files(bench: bench_quality.Bench, percent: int, options: argparse.Names
                 write_manifest(scratch, described)
         found[name] = folder
     return found
-
-
-def _subject(bench: bench_quality.Bench, gguf: Path) -> Subject:
-    """The same chunks that our variants choose by: see pipeline.pruning."""
-    model = checkpoint.load(gguf)
-    recipe = bench.recipe
-    text = sources.dataset(recipe.calibration.text, bench.where.sources)
-    chunks = sensitivity.cut(model, text, min(256, recipe.calibration.n_ctx), 0)[: recipe.prune.measured]
-    return Subject(model, chunks, chunks, quantize.compute_device())
 
 
 def row_of(

@@ -17,11 +17,25 @@ from pipeline.exporter import Context, Prepared
 from pipeline.progress import Tick
 from pipeline.prune import PruneSpec, Subject, choose, finish
 from pipeline.prune.choice import load_pruned, save_pruned
+from pipeline.prune.widths import Pruned
 from pipeline.store import digest, stage
 
 _MEASURED_CTX = 256
 _FACTS, _CHOICE = "prune.json", "choice.npz"
 _COSTS = {"repair_s": "least squares", "distill_s": "distillation"}
+
+
+def chosen(context: Context, base: Path, spec: PruneSpec) -> Pruned:
+    """What goes of a lossless base, from its stage: the same with every repair, and the longer part."""
+    plain = replace(spec, repair="")
+
+    def make(folder: Path) -> None:
+        with context.progress.step(f"choose what goes by {plain.name}") as tick:
+            save_pruned(folder / _CHOICE, choose(_subject(context, base, tick), plain))
+
+    key = [*_key(context), plain.name]
+    folder = stage(context.places.stages, f"{context.recipe.name}-choice", key, make, context.progress.say)
+    return load_pruned(folder / _CHOICE)
 
 
 def pruned_base(context: Context, prepared: Prepared, spec: PruneSpec) -> tuple[Context, Prepared, list[Step]]:
@@ -30,42 +44,13 @@ def pruned_base(context: Context, prepared: Prepared, spec: PruneSpec) -> tuple[
     if spec.percent == 0:
         return context, prepared, [Step(action="prune", source="base.gguf", settings={"percent": 0, "kld": 0.0})]
     recipe = context.recipe
-    text = sources.dataset(recipe.calibration.text, context.places.sources)
-    n_ctx = recipe.calibration.n_ctx
-    settings: dict[str, Any] = {
-        **msgspec.to_builtins(recipe.prune),
-        "n_ctx": n_ctx,
-        "text_sha256": sha256_file(text),
-    }
-    key = ["prune", context.source.sha256, settings]
-    plain = replace(spec, repair="")
+    key = _key(context)
     name = f"{recipe.name}-{spec.name.lower().replace('+', '_')}"
 
-    def subject(tick: Tick) -> Subject:
-        model = checkpoint.load(prepared.base)
-        chunks = sensitivity.cut(model, text, n_ctx, 0)
-        return Subject(
-            model,
-            measured=sensitivity.cut(model, text, min(_MEASURED_CTX, n_ctx), 0)[: recipe.prune.measured],
-            fitted=chunks[: recipe.prune.fitted],
-            device=quantize.compute_device(),
-            tick=tick,
-            taught=chunks[: 2 * recipe.prune.distill_steps],
-            distill_steps=recipe.prune.distill_steps,
-            scratch=context.places.stages,
-        )
-
-    def make_choice(folder: Path) -> None:
-        with context.progress.step(f"choose what goes by {plain.name}") as tick:
-            save_pruned(folder / _CHOICE, choose(subject(tick), plain))
-
     def make(folder: Path) -> None:
-        # The choice is the same with every repair, and the longer part.
-        choice = stage(
-            context.places.stages, f"{recipe.name}-choice", [*key, plain.name], make_choice, context.progress.say
-        )
+        choice = chosen(context, prepared.base, spec)
         with context.progress.step(f"prune {spec.name}") as tick:
-            pruned, facts = finish(subject(tick), spec, load_pruned(choice / _CHOICE))
+            pruned, facts = finish(_subject(context, prepared.base, tick), spec, choice)
             gguf_export.export_gguf(pruned, folder / "base.gguf", "auto")
             (folder / _FACTS).write_text(json.dumps(facts))
 
@@ -74,9 +59,44 @@ def pruned_base(context: Context, prepared: Prepared, spec: PruneSpec) -> tuple[
     context.progress.say(f"    {told(facts)}")
     base = folder / "base.gguf"
     source = replace(context.source, path=base, sha256=digest([*key, spec.name]))
-    steps = [Step(action="prune", source="base.gguf", settings={**facts, **settings, "text": recipe.calibration.text})]
+    settings = {**facts, **_settings(context), "text": recipe.calibration.text}
+    steps = [Step(action="prune", source="base.gguf", settings=settings)]
     named = msgspec.structs.replace(recipe, name=name)
     return replace(context, recipe=named, source=source), replace(prepared, base=base), steps
+
+
+def _text(context: Context) -> Path:
+    return sources.dataset(context.recipe.calibration.text, context.places.sources)
+
+
+def _settings(context: Context) -> dict[str, Any]:
+    recipe = context.recipe
+    return {
+        **msgspec.to_builtins(recipe.prune),
+        "n_ctx": recipe.calibration.n_ctx,
+        "text_sha256": sha256_file(_text(context)),
+    }
+
+
+def _key(context: Context) -> list[Any]:
+    return ["prune", context.source.sha256, _settings(context)]
+
+
+def _subject(context: Context, base: Path, tick: Tick) -> Subject:
+    recipe, text = context.recipe, _text(context)
+    n_ctx = recipe.calibration.n_ctx
+    model = checkpoint.load(base)
+    chunks = sensitivity.cut(model, text, n_ctx, 0)
+    return Subject(
+        model,
+        measured=sensitivity.cut(model, text, min(_MEASURED_CTX, n_ctx), 0)[: recipe.prune.measured],
+        fitted=chunks[: recipe.prune.fitted],
+        device=quantize.compute_device(),
+        tick=tick,
+        taught=chunks[: 2 * recipe.prune.distill_steps],
+        distill_steps=recipe.prune.distill_steps,
+        scratch=context.places.stages,
+    )
 
 
 def told(facts: dict[str, Any]) -> str:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
+import bench_quality
+import llama_tools
 import prune_table
 import pytest
 from prune_rows import Maker, PruneRow, SpeedPair, merged, table, verdict_line, verdicts_of
 from quality_rows import Score
+from test_prune import tiny_recipe
+from tiny_models import save_tiny
 
+from pipeline import sources
+from pipeline.build import build
+from pipeline.jobs import describe_dataset
+from pipeline.progress import Progressor
+from pipeline.store import Places, load_artifact
 from pipeline.variants import parse_variant
 
 
@@ -109,3 +119,42 @@ def test_questions_that_are_not_there_are_told_first(tmp_path: Path, capsys: pyt
     assert prune_table.main(["--choices", "path:nowhere.jsonl", "--out", str(out)]) == 1
     assert "nowhere.jsonl is not a file" in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_llama_quantize_drops_the_layers_that_our_pruners_choose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Chosen once: our variants of the same pruner take the choice from its stage, and it is not run for a file that
+    is there."""
+    save_tiny("llama-tied", tmp_path / "hf")
+    recipe = tiny_recipe(tmp_path / "hf", ["BF16", "LAYERS_RUN-50-BF16", "LAYERS_INFLUENCE-50-BF16"])
+    where, progress, told = Places(tmp_path / "home"), Progressor(plain=True), list[list[str]]()
+    bench = bench_quality.Bench(
+        recipe,
+        [],
+        sources.fetch(recipe.source, "", where.sources),
+        describe_dataset(recipe.calibration.text, where),
+        where,
+        1,
+        False,
+        progress,
+    )
+
+    def run(argv: list[str]) -> None:
+        told.append(argv)
+        shutil.copyfile(argv[-3], argv[-2])
+
+    monkeypatch.setattr(llama_tools, "find_or_build", lambda folder: tmp_path)
+    monkeypatch.setattr(llama_tools, "run_tool", run)
+    options = prune_table._parser().parse_args(["--type", "BF16"])
+    files = prune_table.peer_files(bench, 50, options)
+    assert list(files) == ["prune-layers-influence-50-BF16", "prune-layers-run-50-BF16"]
+    assert prune_table.peer_files(bench, 50, options) == files
+    by_influence, by_run = ([int(index) for index in argv[2].split(",")] for argv in told)
+    assert by_run == [by_run[0], by_run[0] + 1]
+    capsys.readouterr()
+    _, run_folder, influence_folder = build(recipe, where, progress)
+    assert "choose what goes" not in capsys.readouterr().err
+    for folder, gone in ((run_folder, by_run), (influence_folder, by_influence)):
+        (step,) = (step for step in load_artifact(folder).lineage if step.action == "prune")
+        assert [index for index, groups in enumerate(step.settings["kv_groups"]) if not groups] == gone
