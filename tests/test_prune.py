@@ -26,11 +26,23 @@ from pipeline.build import build
 from pipeline.checkpoint import Checkpoint, load
 from pipeline.export.gguf import export_gguf
 from pipeline.progress import Progressor, quiet
-from pipeline.prune import PRUNERS, PruneSpec, Subject, choose, depth, distill, parse_prune, prune, sparse, spill
+from pipeline.prune import (
+    PRUNERS,
+    PruneSpec,
+    Subject,
+    choose,
+    depth,
+    distill,
+    parse_prune,
+    prune,
+    repair,
+    sparse,
+    spill,
+)
 from pipeline.prune.allocate import interpolated
 from pipeline.prune.choice import load_pruned, save_pruned
 from pipeline.prune.cut import Cut, LayerCut, apply, describe, dims_of
-from pipeline.prune.repair import downhill, least_squares, ridge
+from pipeline.prune.repair import downhill, first_to_fit, least_squares, ridge
 from pipeline.prune.scores import SCORES
 from pipeline.prune.stream import Judge, Stream
 from pipeline.prune.surgery import operate
@@ -515,12 +527,61 @@ def test_share_and_bits_are_chosen_together(
     assert min(losses, key=losses.__getitem__) == f"WIDTHS-{step.settings['percent']:g}"
 
 
-def test_least_squares_on_a_whole_model_changes_nothing_much(subjects: Callable[[str], Subject]) -> None:
+def test_least_squares_on_a_whole_model_changes_nothing_much(
+    subjects: Callable[[str], Subject], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nothing is removed, so each matrix is the best already: no penalty may make it worse on tokens held out."""
     subject = subjects("llama")
     whole = dims_of(subject.checkpoint).whole
+    assert least_squares(Stream(subject.checkpoint, subject.fitted), Pruned(whole), quiet).new == {}
+    monkeypatch.setattr(repair, "first_to_fit", lambda pruned, dims: 0)
     repaired = least_squares(Stream(subject.checkpoint, subject.fitted), Pruned(whole), quiet)
     assert divergence(subject.checkpoint, apply(subject.checkpoint, whole, repaired.new), subject.measured) < 1e-8
+
+
+GONE = LayerCut((), ())
+
+
+@pytest.mark.parametrize(
+    ("layer", "left", "start"),
+    [
+        (2, lambda whole: GONE, 3),  # the MLP before it stands in
+        (2, lambda whole: LayerCut((), whole.channels), 3),
+        (2, lambda whole: LayerCut(whole.groups, ()), 4),
+        (2, lambda whole: LayerCut(whole.groups[:1], whole.channels), 4),
+        (2, lambda whole: LayerCut(whole.groups, whole.channels[:32]), 5),
+        (2, lambda whole: LayerCut((), (), linear=True), 4),
+        (0, lambda whole: GONE, 0),
+    ],
+)
+def test_what_is_before_the_first_change_is_not_fit(
+    layer: int,
+    left: Callable[[LayerCut], LayerCut],
+    start: int,
+    subjects: Callable[[str], Subject],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its error is zero: fitting it, too, ends in the same model but for rounding."""
+    subject = subjects("llama")
+    dims = dims_of(subject.checkpoint)
+    cut = dims.whole.replaced(layer, left(dims.whole.layers[0]))
+    assert first_to_fit(Pruned(cut), dims) == start
+    found = least_squares(Stream(subject.checkpoint, subject.fitted), Pruned(cut), quiet).new
+    monkeypatch.setattr(repair, "first_to_fit", lambda pruned, dims: 0)
+    all_fit = least_squares(Stream(subject.checkpoint, subject.fitted), Pruned(cut), quiet).new
+    assert found
+    assert all(2 * int(name.split(".")[2]) + ("mlp" in name) >= start for name in found)
+    fast, slow = (
+        divergence(subject.checkpoint, apply(subject.checkpoint, cut, new), subject.measured)
+        for new in (found, all_fit)
+    )
+    assert fast == pytest.approx(slow, rel=1e-3)
+
+
+def test_what_pruning_changed_already_is_behind_the_first_change(subjects: Callable[[str], Subject]) -> None:
+    dims = dims_of(subjects("llama").checkpoint)
+    changed = {"model.layers.1.mlp.down_proj.weight": torch.zeros(1)}
+    assert first_to_fit(Pruned(dims.whole, changed), dims) == 2
 
 
 def test_sparsegpt_is_column_by_column(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,8 @@ For every kept part in order, with x its last input and h the stream before it i
 min over W of E|t - h - W x|^2 + penalty |W - W0|^2, t being the whole model's stream before the next part that is kept:
 so a part also stands in for what was dropped behind it (least squares as SliceGPT's and LLM-Streamline's, but
 sequential and towards the whole model, so that errors do not add up). The penalty is chosen for each matrix on chunks
-that took no part in the fit, and where none is better than W0 there, W0 stays.
+that took no part in the fit, and where none is better than W0 there, W0 stays. Parts before the first change need
+none: their error is zero.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from device.records import SlimpiError
 from pipeline.architectures import ARCHITECTURES
 from pipeline.checkpoint import Checkpoint
 from pipeline.progress import Tick, quiet
-from pipeline.prune.cut import ATTENTION, LINEAR, MLP, Cut, LayerCut, apply, indices_of
+from pipeline.prune.cut import ATTENTION, LINEAR, MLP, Cut, Dims, LayerCut, apply, indices_of
 from pipeline.prune.stream import BATCH, Stream
 from pipeline.prune.widths import Pruned
 
@@ -81,10 +82,14 @@ def least_squares(whole: Stream, pruned: Pruned, tick: Tick = quiet) -> Pruned:
     parts = [(index, part) for index, both in enumerate(kept_parts) for part in (0, 1) if both[part]]
     ends = [2 * index + part for index, part in parts[1:]] + [2 * len(whole.layers)]
     wanted = dict(zip(parts, ends, strict=True))
+    start = 0 if pruned.cut.hidden is not None else first_to_fit(pruned, whole.dims)
     for index, layer in enumerate(state.cut.layers):
+        if 2 * index + 1 < start:
+            state.hidden = targets[2 * index + 2]
+            continue
         if layer.linear:
             _fit_linear(state, index, targets[wanted[index, 0]])
-        if layer.groups:
+        if layer.groups and 2 * index >= start:
             _fit_attention(state, index, layer, targets[wanted[index, 0]])
         if layer.channels:
             _fit_mlp(state, index, layer, targets[wanted[index, 1]])
@@ -92,6 +97,20 @@ def least_squares(whole: Stream, pruned: Pruned, tick: Tick = quiet) -> Pruned:
             state.hidden = state.stream.layer(index, state.hidden)
         tick(index + 1, len(state.cut.layers), "layers repaired")
     return Pruned(pruned.cut, state.new)
+
+
+def first_to_fit(pruned: Pruned, dims: Dims) -> int:
+    """The first part, counted as 2 layer + (0 attention, 1 MLP), whose least squares have an error to mend: a narrower
+    or changed one, or the last before one that is gone."""
+    whole = dims.whole.layers[0]
+    for index, layer in enumerate(pruned.cut.layers):
+        prefix = f"model.layers.{index}."
+        changed = any(name.startswith(prefix) for name in pruned.new)
+        for part, (kept, old) in enumerate(((layer.groups, whole.groups), (layer.channels, whole.channels))):
+            if changed or kept != old:
+                gone = not kept and not layer.linear
+                return max(0, 2 * index + part - gone)
+    return 2 * dims.n_layers
 
 
 @torch.no_grad()
