@@ -142,8 +142,7 @@ def _peer_key(bench: Bench, variant: str) -> str:
 
 def _fits(score: Score, recording: Recording) -> bool:
     """Whether it was measured against what the recording holds; see `quality_rows.check_alike`."""
-    here = (recording.text.file.sha256, recording.n_ctx, recording.nll)
-    return (score.corpus_sha256, score.n_ctx, score.reference_nll_chunks) == here
+    return score.measured_against == (recording.text.file.sha256, recording.n_ctx, recording.nll)
 
 
 def _missing(bench: Bench, scores: Sequence[Score]) -> list[Recording]:

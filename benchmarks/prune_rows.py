@@ -72,10 +72,7 @@ class PruneRow(Record, frozen=True, kw_only=True):
 
     def comparable(self, peer: PruneRow) -> bool:
         """Whether it is in the peer's type, no larger, and was measured on the same text against the same reference."""
-        mine, theirs = (
-            (row.quantized, row.score.corpus_sha256, row.score.n_ctx, row.score.reference_nll_chunks)
-            for row in (self, peer)
-        )
+        mine, theirs = ((row.quantized, row.score.measured_against) for row in (self, peer))
         return mine == theirs and self.size_bytes <= peer.size_bytes * (1 + SIZE_SLACK)
 
 

@@ -69,6 +69,12 @@ class Score(Record, frozen=True, kw_only=True):
         return len(self.kld_chunks)
 
     @property
+    def measured_against(self) -> tuple[str, int, list[float]]:
+        """Text, chunk length, and the reference's likelihood of each chunk, which tells references apart to the last
+        bit."""
+        return self.corpus_sha256, self.n_ctx, self.reference_nll_chunks
+
+    @property
     def kld(self) -> float:
         return fmean(self.kld_chunks)
 

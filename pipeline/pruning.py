@@ -33,7 +33,7 @@ def chosen(context: Context, base: Path, spec: PruneSpec) -> Pruned:
         with context.progress.step(f"choose what goes by {plain.name}") as tick:
             save_pruned(folder / _CHOICE, choose(_subject(context, base, tick), plain))
 
-    key = [*_key(context), plain.name]
+    key = [*_key(context, _settings(context)), plain.name]
     folder = stage(context.places.stages, f"{context.recipe.name}-choice", key, make, context.progress.say)
     return load_pruned(folder / _CHOICE)
 
@@ -43,8 +43,8 @@ def pruned_base(context: Context, prepared: Prepared, spec: PruneSpec) -> tuple[
     pruned model's own, since the source's hash in it is the pruned file's. The step tells what stayed."""
     if spec.percent == 0:
         return context, prepared, [Step(action="prune", source="base.gguf", settings={"percent": 0, "kld": 0.0})]
-    recipe = context.recipe
-    key = _key(context)
+    recipe, settings = context.recipe, _settings(context)
+    key = _key(context, settings)
     name = f"{recipe.name}-{spec.name.lower().replace('+', '_')}"
 
     def make(folder: Path) -> None:
@@ -59,8 +59,7 @@ def pruned_base(context: Context, prepared: Prepared, spec: PruneSpec) -> tuple[
     context.progress.say(f"    {told(facts)}")
     base = folder / "base.gguf"
     source = replace(context.source, path=base, sha256=digest([*key, spec.name]))
-    settings = {**facts, **_settings(context), "text": recipe.calibration.text}
-    steps = [Step(action="prune", source="base.gguf", settings=settings)]
+    steps = [Step(action="prune", source="base.gguf", settings={**facts, **settings, "text": recipe.calibration.text})]
     named = msgspec.structs.replace(recipe, name=name)
     return replace(context, recipe=named, source=source), replace(prepared, base=base), steps
 
@@ -78,8 +77,8 @@ def _settings(context: Context) -> dict[str, Any]:
     }
 
 
-def _key(context: Context) -> list[Any]:
-    return ["prune", context.source.sha256, _settings(context)]
+def _key(context: Context, settings: dict[str, Any]) -> list[Any]:
+    return ["prune", context.source.sha256, settings]
 
 
 def _subject(context: Context, base: Path, tick: Tick) -> Subject:

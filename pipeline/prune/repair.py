@@ -82,7 +82,7 @@ def least_squares(whole: Stream, pruned: Pruned, tick: Tick = quiet) -> Pruned:
     parts = [(index, part) for index, both in enumerate(kept_parts) for part in (0, 1) if both[part]]
     ends = [2 * index + part for index, part in parts[1:]] + [2 * len(whole.layers)]
     wanted = dict(zip(parts, ends, strict=True))
-    start = 0 if pruned.cut.hidden is not None else first_to_fit(pruned, whole.dims)
+    start = first_to_fit(pruned, whole.dims)
     for index, layer in enumerate(state.cut.layers):
         if 2 * index + 1 < start:
             state.hidden = targets[2 * index + 2]
@@ -101,7 +101,9 @@ def least_squares(whole: Stream, pruned: Pruned, tick: Tick = quiet) -> Pruned:
 
 def first_to_fit(pruned: Pruned, dims: Dims) -> int:
     """The first part, counted as 2 layer + (0 attention, 1 MLP), whose least squares have an error to mend: a narrower
-    or changed one, or the last before one that is gone."""
+    or changed one, or the last before one that is gone. 0 where the hidden state is narrower."""
+    if pruned.cut.hidden is not None:
+        return 0
     whole = dims.whole.layers[0]
     for index, layer in enumerate(pruned.cut.layers):
         prefix = f"model.layers.{index}."
