@@ -204,17 +204,48 @@ def test_repair_mends_what_it_was_not_fit_on(name: str, pruner: str, subjects: C
     assert repaired < plain
 
 
-def test_ridge_is_the_stacked_least_squares_problem() -> None:
+@pytest.mark.parametrize("rows", [5, 40])
+@pytest.mark.parametrize(("tokens", "columns"), [(400, 12), (64, 80), (64, 64)])
+def test_ridge_is_the_stacked_least_squares_problem(
+    tokens: int, columns: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With more and with fewer tokens than columns, by blocks of rows, and with penalties judged in a sketch."""
+    monkeypatch.setattr(repair, "_GRAM_ROWS", 24)
+    monkeypatch.setattr(repair, "_SKETCH", 8)
     generator = torch.Generator().manual_seed(0)
-    x, truth = torch.randn(400, 12, generator=generator), torch.randn(5, 12, generator=generator)
-    old = truth + 0.3 * torch.randn(5, 12, generator=generator)
-    wanted = x @ truth.T + 0.01 * torch.randn(400, 5, generator=generator)
-    found = ridge(x, wanted, old)
-    assert found is not None
+    x, truth = torch.randn(tokens, columns, generator=generator), torch.randn(rows, columns, generator=generator)
+    x, noise = x * torch.linspace(0.1, 3, columns), torch.randn(tokens, rows, generator=generator)
+    wanted, old = x @ truth.T + 0.01 * noise, truth + 0.3 * torch.randn(rows, columns, generator=generator)
+    change = ridge(x, wanted - x @ old.T)
+    assert change is not None
     diagonal = float((x.T @ x).diagonal().mean())
-    twins = [reference_prune.ridge(x.numpy(), wanted.numpy(), old.numpy(), p * diagonal) for p in (1e-4, 1e-3, 1e-2)]
-    assert min(np.abs(found.numpy() - twin).max() for twin in twins) < 1e-4
-    assert np.abs(found.numpy() - truth.numpy()).max() < 0.01
+    twins = [reference_prune.ridge(x.numpy(), wanted.numpy(), old.numpy(), p * diagonal) for p in repair._PENALTIES]
+    assert min(np.abs((old + change).numpy() - twin).max() for twin in twins) < 1e-3
+    assert change.shape == old.shape
+    assert (wanted - x @ (old + change).T).norm() < 0.2 * (wanted - x @ old.T).norm()
+
+
+def test_the_penalty_is_the_one_that_all_outputs_want() -> None:
+    """A sketch of 256 sums of 600 outputs judges as the outputs do."""
+    generator = torch.Generator().manual_seed(4)
+    for tokens, columns in ((600, 60), (400, 500)):
+        x = torch.randn(tokens, columns, generator=generator) * torch.linspace(0.05, 2, columns)
+        residual = 0.2 * x @ torch.randn(columns, 600, generator=generator) + torch.randn(
+            tokens, 600, generator=generator
+        )
+        split = tokens - tokens // 8
+        losses = []
+        for penalty in repair._PENALTIES:
+            scaled = penalty * float((x[:split] ** 2).sum()) / columns
+            found = torch.linalg.solve(
+                x[:split].T @ x[:split] + scaled * torch.eye(columns), x[:split].T @ residual[:split]
+            )
+            losses.append(float((residual[split:] - x[split:] @ found).square().sum()))
+        best = repair._PENALTIES[int(np.argmin(losses))] * float((x**2).sum()) / columns
+        change = ridge(x, residual)
+        assert change is not None
+        wanted = torch.linalg.solve(x.T @ x + best * torch.eye(columns), x.T @ residual).T
+        assert (change - wanted).norm() < 1e-3 * wanted.norm()
 
 
 @pytest.mark.parametrize("count", [1, 2, 6])
@@ -232,11 +263,13 @@ def test_downhill_finds_the_least_of_what_falls_and_rises(count: int) -> None:
     assert downhill(lambda place: float("nan"), 6)[0] == 3
 
 
-def test_ridge_leaves_alone_what_it_cannot_better() -> None:
-    """Where the old matrix is the truth already and the noise is all there is to fit, fewer tokens than columns."""
+@pytest.mark.parametrize("columns", [480, 800])
+def test_ridge_leaves_alone_what_it_cannot_better(columns: int) -> None:
+    """Where noise is all there is to fit, with more and with fewer tokens than columns."""
     generator = torch.Generator().manual_seed(1)
-    x, old = torch.randn(64, 48, generator=generator), torch.randn(4, 48, generator=generator)
-    assert ridge(x, x @ old.T, old) is None
+    x, noise = torch.randn(640, columns, generator=generator), torch.randn(640, 40, generator=generator)
+    assert ridge(x, noise) is None
+    assert ridge(x, noise + x[:, :40]) is not None
 
 
 @pytest.mark.parametrize("width", [1, 3])

@@ -68,25 +68,20 @@ def _refit(
     order: torch.Tensor,
 ) -> bool:
     inputs: list[torch.Tensor] = []
-    outs: list[torch.Tensor] = []
     sums: list[torch.Tensor] = []
-
-    def see_dense(args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
-        inputs.append(_rows(args[0]))
-        outs.append(_rows(out))
-
-    seen = {dense: see_dense, norm: lambda args, _: sums.append(_rows(args[0]))}
+    seen = {
+        dense: lambda args, _: inputs.append(_rows(args[0])),
+        norm: lambda args, _: sums.append(_rows(args[0])),
+    }
     with with_layers(model, range(own + 1)), look(seen):
         for _ in fed(model, passages):
             pass
     x = torch.cat(inputs)
-    wanted = target - (torch.cat(sums) - torch.cat(outs))
-    old = torch.cat([dense.weight, dense.bias[:, None]], 1).cpu()
-    found = ridge(torch.cat([x, torch.ones(len(x), 1)], 1)[order], wanted[order], old)
-    if found is None:
+    change = ridge(torch.cat([x, torch.ones(len(x), 1)], 1)[order], (target - torch.cat(sums))[order])
+    if change is None:
         return False
-    dense.weight.copy_(found[:, :-1])
-    dense.bias.copy_(found[:, -1])
+    dense.weight += change[:, :-1].to(dense.weight.device)
+    dense.bias += change[:, -1].to(dense.bias.device)
     return True
 
 

@@ -11,7 +11,7 @@ none: their error is zero.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -21,11 +21,13 @@ from pipeline.architectures import ARCHITECTURES
 from pipeline.checkpoint import Checkpoint
 from pipeline.progress import Tick, quiet
 from pipeline.prune.cut import ATTENTION, LINEAR, MLP, Cut, Dims, LayerCut, apply, indices_of
-from pipeline.prune.stream import BATCH, Stream
+from pipeline.prune.stream import Stream
 from pipeline.prune.widths import Pruned
 
 _PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # of the mean diagonal of E[x x^T]
-_HELD_OUT = 8  # every n-th token of the chunks' end
+_HELD_OUT = 8  # one token of so many, at the chunks' end
+_SKETCH = 256
+_GRAM_ROWS = 1024
 
 
 @dataclass
@@ -36,7 +38,6 @@ class _Pass:
     cut: Cut
     hidden: torch.Tensor
     new: dict[str, torch.Tensor]
-    fitted: int = 0
 
 
 def fits(checkpoint: Checkpoint) -> bool:
@@ -68,35 +69,38 @@ def least_squares(whole: Stream, pruned: Pruned, tick: Tick = quiet) -> Pruned:
             f"{whole.checkpoint.architecture} normalizes what a part adds, so that no least squares repairs it. "
             "Leave +REPAIR out."
         )
-    targets = _targets(whole, tick)
-    if pruned.cut.hidden is not None:
-        kept = list(pruned.cut.hidden)
-        targets = [target[..., kept] for target in targets]
-        small = Stream(apply(whole.checkpoint, pruned.cut, pruned.new), whole.chunks, whole.device)
-        state = _Pass(small, small.dims.whole, small.embedded, dict(pruned.new))
-    else:
-        whole.set(pruned.cut)
-        state = _Pass(whole, pruned.cut, whole.embedded, dict(pruned.new))
-        _install(state)
-    kept_parts = [(layer.groups or layer.linear, layer.channels) for layer in state.cut.layers]
+    dims, start = whole.dims, first_to_fit(pruned, whole.dims)
+    cut = dims.whole if pruned.cut.hidden is not None else pruned.cut
+    kept_parts = [(layer.groups or layer.linear, layer.channels) for layer in cut.layers]
     parts = [(index, part) for index, both in enumerate(kept_parts) for part in (0, 1) if both[part]]
     ends = [2 * index + part for index, part in parts[1:]] + [2 * len(whole.layers)]
-    wanted = dict(zip(parts, ends, strict=True))
-    start = first_to_fit(pruned, whole.dims)
-    for index, layer in enumerate(state.cut.layers):
-        if 2 * index + 1 < start:
-            state.hidden = targets[2 * index + 2]
-            continue
+    wanted = {part: end for part, end in zip(parts, ends, strict=True) if end > start}
+    targets = _targets(whole, {*wanted.values(), 2 * (start // 2)}, tick)
+    state = _begun(whole, pruned, targets)
+    for index in range(start // 2, len(cut.layers)):
+        layer = state.cut.layers[index]
         if layer.linear:
-            _fit_linear(state, index, targets[wanted[index, 0]])
+            _fit_linear(state, index, targets.pop(wanted[index, 0]))
         if layer.groups and 2 * index >= start:
-            _fit_attention(state, index, layer, targets[wanted[index, 0]])
+            _fit_part(state, index, 0, layer, targets.pop(wanted[index, 0]))
         if layer.channels:
-            _fit_mlp(state, index, layer, targets[wanted[index, 1]])
-        elif layer.groups:
-            state.hidden = state.stream.layer(index, state.hidden)
-        tick(index + 1, len(state.cut.layers), "layers repaired")
+            _fit_part(state, index, 1, layer, targets.pop(wanted[index, 1]))
+        tick(index + 1, len(cut.layers), "layers repaired")
     return Pruned(pruned.cut, state.new)
+
+
+def _begun(whole: Stream, pruned: Pruned, targets: dict[int, torch.Tensor]) -> _Pass:
+    """The pruned model before the first layer that has a target; targets lose the hidden channels that are gone."""
+    new = dict(pruned.new)
+    if pruned.cut.hidden is None:
+        whole.set(pruned.cut)
+        state = _Pass(whole, pruned.cut, targets[min(targets)], new)
+        _install(state)
+        return state
+    for place, target in targets.items():
+        targets[place] = target[..., list(pruned.cut.hidden)]
+    small = Stream(apply(whole.checkpoint, pruned.cut, pruned.new), whole.chunks, whole.device)
+    return _Pass(small, small.dims.whole, small.embedded, new)
 
 
 def first_to_fit(pruned: Pruned, dims: Dims) -> int:
@@ -115,39 +119,18 @@ def first_to_fit(pruned: Pruned, dims: Dims) -> int:
     return 2 * dims.n_layers
 
 
-@torch.no_grad()
-def _targets(whole: Stream, tick: Tick) -> list[torch.Tensor]:
-    """The whole model's stream before every part, and at the end: 2 n_layers + 1 tensors (chunks, n_ctx, d)."""
+def _targets(whole: Stream, places: Collection[int], tick: Tick) -> dict[int, torch.Tensor]:
+    """The whole model's stream (chunks, n_ctx, d) at these places: before part p of layer i at 2 i + p, at the end at
+    2 n_layers."""
     whole.set(whole.dims.whole)
-    found, hidden = [], whole.embedded
+    found, hidden = {}, whole.embedded
     for index in range(len(whole.layers)):
-        inputs, outs = _last_inputs(whole, index, 1, hidden)
-        module = whole.ends[index].mlp
-        added = [_applied(module, x) for x in inputs]
-        out = torch.cat(outs)
-        found += [hidden, out - torch.cat(added).reshape(out.shape)]
+        middle, out = whole.between(index, hidden)
+        found.update({2 * index: hidden, 2 * index + 1: middle, 2 * index + 2: out})
+        found = {place: state for place, state in found.items() if place in places}
         hidden = out
         tick(index + 1, len(whole.layers), "layers of the whole model")
-    return [*found, hidden]
-
-
-def _applied(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """The matrix times its input, without the gates."""
-    bias = module.bias.cpu() if module.bias is not None else None
-    return torch.nn.functional.linear(x, module.weight.cpu(), bias)  # type: ignore[arg-type]
-
-
-@torch.no_grad()
-def _last_inputs(
-    stream: Stream, index: int, part: int, hidden: torch.Tensor
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Inputs (tokens, columns) of the matrix that ends a part, and the layer's outputs, batch by batch."""
-    inputs: list[torch.Tensor] = []
-    gate = stream.gates[index][part]
-    gate.seen = lambda x: inputs.append(x.detach().reshape(-1, x.shape[-1]).cpu())
-    outs = [stream.run(index, part_.to(stream.device)).cpu() for part_ in hidden.split(BATCH)]
-    gate.seen = None
-    return inputs, outs
+    return found
 
 
 def _install(state: _Pass) -> None:
@@ -173,23 +156,22 @@ def _write(state: _Pass, index: int, part: int, layer: LayerCut, value: torch.Te
         weight.data[:, columns.to(weight.device)] = value.to(weight.device)
 
 
-def _fit_attention(state: _Pass, index: int, layer: LayerCut, target: torch.Tensor) -> None:
-    inputs, _ = _last_inputs(state.stream, index, 0, state.hidden)
-    module = state.stream.ends[index].attention
-    wanted = (target - state.hidden).reshape(-1, target.shape[-1])
-    if module.bias is not None:
-        wanted = wanted - module.bias.detach().cpu()
-    _fit(state, index, 0, layer, torch.cat(inputs), wanted)
-
-
-def _fit_mlp(state: _Pass, index: int, layer: LayerCut, target: torch.Tensor) -> None:
-    inputs, outs = _last_inputs(state.stream, index, 1, state.hidden)
-    x, out = torch.cat(inputs), torch.cat(outs)
-    module = state.stream.ends[index].mlp
-    before = module.weight.detach().cpu().clone()
-    stream_before = out.reshape(-1, out.shape[-1]) - x @ before.T
-    _fit(state, index, 1, layer, x, target.reshape(-1, target.shape[-1]) - stream_before)
-    state.hidden = (stream_before + x @ module.weight.detach().cpu().T).reshape(out.shape)
+def _fit_part(state: _Pass, index: int, part: int, layer: LayerCut, target: torch.Tensor) -> None:
+    """Refit the columns that are kept of the matrix that ends a part, by what the stream behind it lacks. The state is
+    behind the layer then where it has no other part."""
+    x, after = state.stream.behind(index, part, state.hidden)
+    columns = _columns(state, layer, part)
+    x = x if columns is None else x[:, columns]
+    change = ridge(x, (target - after).reshape(-1, target.shape[-1]))
+    if change is not None:
+        ends = state.stream.ends[index]
+        old = (ends.attention, ends.mlp)[part].weight.detach().cpu()
+        fitted = (old if columns is None else old[:, columns]) + change
+        _write(state, index, part, layer, fitted)
+        state.new[f"model.layers.{index}.{(ATTENTION, MLP)[part]}"] = fitted
+        after += (x @ change.T).reshape(after.shape)
+    if part == 1 or not layer.channels:
+        state.hidden = after
 
 
 @torch.no_grad()
@@ -198,48 +180,59 @@ def _fit_linear(state: _Pass, index: int, target: torch.Tensor) -> None:
     norm, width = state.stream.layers[index].input_layernorm, target.shape[-1]
     rows = state.hidden.reshape(-1, width)
     x = torch.cat([norm(part.to(state.stream.device)).cpu() for part in rows.split(4096)])
-    old = torch.zeros(width, width)
-    fitted = ridge(x, target.reshape(-1, width) - rows, old)
-    matrix = old if fitted is None else fitted
+    change = ridge(x, target.reshape(-1, width) - rows)
+    matrix = torch.zeros(width, width) if change is None else change
     state.new[f"model.layers.{index}.{LINEAR}"] = matrix
     state.hidden = (rows + x @ matrix.T).reshape(target.shape)
 
 
-def _fit(state: _Pass, index: int, part: int, layer: LayerCut, x: torch.Tensor, wanted: torch.Tensor) -> None:
-    """Refit the columns that are kept; x (tokens, all columns), wanted (tokens, d)."""
-    columns = _columns(state, layer, part)
-    ends = state.stream.ends[index]
-    old = (ends.attention, ends.mlp)[part].weight.detach().cpu()
-    if columns is not None:
-        x, old = x[:, columns], old[:, columns]
-    fitted = ridge(x, wanted, old)
-    if fitted is None:
-        return
-    _write(state, index, part, layer, fitted)
-    state.new[f"model.layers.{index}.{(ATTENTION, MLP)[part]}"] = fitted
-    state.fitted += 1
+def ridge(x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor | None:
+    """The change D (rows, columns) of a matrix with least |residual - x D^T|^2 + penalty |D|^2, None if no penalty
+    helps on held-out tokens.
 
-
-def ridge(x: torch.Tensor, wanted: torch.Tensor, old: torch.Tensor) -> torch.Tensor | None:
-    """W (rows, columns) with least |wanted - x W^T|^2 + penalty |W - old|^2, None if no penalty helps on held-out rows.
-
-    x float32 (tokens, columns), wanted (tokens, rows). The penalty is chosen on the last eighth of the tokens, then the
-    fit is made on all.
+    x float32 (tokens, columns), residual (tokens, rows). The penalty is chosen on the last eighth of the tokens, in a
+    sketch of the outputs, then the fit is made on all. By the Gram matrix of the tokens where they are fewer than the
+    columns: D^T = x^T (x x^T + penalty)^-1 residual.
     """
-    split = len(x) - len(x) // _HELD_OUT
-    residual = wanted - x @ old.T
-    xx, xr = x[:split].T @ x[:split], x[:split].T @ residual[:split]
+    tokens, columns = x.shape
+    split = tokens - tokens // _HELD_OUT
+    sketch = _sketched(residual)
+    by_tokens = tokens < columns
+    gram = _gram(x) if by_tokens else _gram(x[:split].T)
+    known = sketch[:split] if by_tokens else x[:split].T @ sketch[:split]
+    left, unseen = (gram[:split, :split], gram[split:, :split]) if by_tokens else (gram, x[split:])
 
     def loss(place: int) -> float:
-        return float((residual[split:] - x[split:] @ _solve(xx, xr, _PENALTIES[place])).square().sum())
+        found = _solve(left, known, _PENALTIES[place], columns)
+        return float((sketch[split:] - unseen @ found).square().sum())
 
     place, least = downhill(loss, len(_PENALTIES))
-    if not least < float(residual[split:].square().sum()):
+    if not least < float(sketch[split:].square().sum()):
         return None
-    best = _PENALTIES[place]
-    xx.addmm_(x[split:].T, x[split:])
-    xr.addmm_(x[split:].T, residual[split:])
-    return (old + _solve(xx, xr, best).T).contiguous()
+    if by_tokens:
+        return _solve(gram, residual, _PENALTIES[place], columns).T @ x
+    gram += _gram(x[split:].T)
+    return _solve(gram, x.T @ residual, _PENALTIES[place], columns).T.contiguous()
+
+
+def _sketched(residual: torch.Tensor) -> torch.Tensor:
+    """At most _SKETCH sums of the outputs with random signs: sums of squares stay what they are in expectation, those
+    of one output alone exactly (Achlioptas 2003, theorem 1.1)."""
+    rows = residual.shape[1]
+    if rows <= _SKETCH:
+        return residual
+    signs = torch.randint(0, 2, (rows, _SKETCH), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return residual @ (signs / _SKETCH**0.5)
+
+
+def _gram(x: torch.Tensor) -> torch.Tensor:
+    """The lower triangle of x x^T, block by block of rows; what is above the blocks is 0."""
+    n = len(x)
+    gram = torch.zeros(n, n)
+    for start in range(0, n, _GRAM_ROWS):
+        stop = min(start + _GRAM_ROWS, n)
+        torch.mm(x[start:stop], x[:stop].T, out=gram[start:stop, :stop])
+    return gram
 
 
 def downhill(loss: Callable[[int], float], count: int) -> tuple[int, float]:
@@ -255,10 +248,12 @@ def downhill(loss: Callable[[int], float], count: int) -> tuple[int, float]:
     return place, least
 
 
-def _solve(xx: torch.Tensor, xr: torch.Tensor, penalty: float) -> torch.Tensor:
-    damped = xx.clone()
-    damped.diagonal().add_(penalty * xx.diagonal().mean() + 1e-30)
+def _solve(gram: torch.Tensor, known: torch.Tensor, penalty: float, columns: int) -> torch.Tensor:
+    """(gram + penalty)^-1 known, of gram's lower triangle; the penalty is a share of its trace over the columns."""
+    damped = gram.clone()
+    damped.diagonal().add_(penalty * gram.diagonal().sum() / columns + 1e-30)
     factor, failed = torch.linalg.cholesky_ex(damped)
     if failed:
-        return torch.linalg.lstsq(damped.double(), xr.double(), driver="gelsd").solution.float()
-    return torch.cholesky_solve(xr, factor)
+        damped = damped.tril() + damped.tril(-1).T
+        return torch.linalg.lstsq(damped.double(), known.double(), driver="gelsd").solution.float()
+    return torch.cholesky_solve(known, factor)

@@ -49,6 +49,21 @@ class _Gate:
         return out * 0 if self.off else None
 
 
+class _Middle:
+    """On the norm behind a layer's attention: it reads the stream between the parts where they add to it unnormed."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.seen: Callable[[torch.Tensor], None] | None = None
+        self.stops = False
+        module.register_forward_pre_hook(self._before)
+
+    def _before(self, module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        if self.seen is not None:
+            self.seen(args[0].cpu())
+        if self.stops:
+            raise _StoppedError
+
+
 class Stream:
     """The model of a checkpoint and `chunks`, int64 (n, n_ctx). Nothing is masked at first."""
 
@@ -61,6 +76,7 @@ class Stream:
         self.layers = list(self.model.model.layers)
         self.ends = [Ends(layer.self_attn.o_proj, layer.mlp.down_proj) for layer in self.layers]
         self.gates = [(_Gate(ends.attention), _Gate(ends.mlp)) for ends in self.ends]
+        self.middles = [_Middle(layer.post_attention_layernorm) for layer in self.layers]
         self.gone = [False] * len(self.layers)
         self.calls: list[dict[str, Any]] = []
         self.embedded = self._take_down(chunks)
@@ -122,6 +138,31 @@ class Stream:
         return out[0] if isinstance(out, tuple) else out
 
     @torch.no_grad()
+    def between(self, index: int, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states (chunks, n_ctx, d) between a layer's parts and behind it, where parts add to them unnormed."""
+        middles: list[torch.Tensor] = []
+        self.middles[index].seen = middles.append
+        outs = [self.run(index, batch.to(self.device)).cpu() for batch in hidden.split(BATCH)]
+        self.middles[index].seen = None
+        return torch.cat(middles), torch.cat(outs)
+
+    @torch.no_grad()
+    def behind(self, index: int, part: int, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs (tokens, columns) of the matrix that ends a part (0 attention, 1 MLP) and the hidden states behind it,
+        where parts add to them unnormed. What follows the part is not run."""
+        inputs: list[torch.Tensor] = []
+        states: list[torch.Tensor] = []
+        gate, middle = self.gates[index][part], self.middles[index]
+        gate.seen = lambda x: inputs.append(x.reshape(-1, x.shape[-1]).cpu())
+        if part == 0:
+            middle.seen, middle.stops = states.append, True
+        for batch in hidden.split(BATCH):
+            with contextlib.suppress(_StoppedError):
+                states.append(self.run(index, batch.to(self.device)).cpu())
+        gate.seen, middle.seen, middle.stops = None, None, False
+        return torch.cat(inputs), torch.cat(states)
+
+    @torch.no_grad()
     def log_p(self, hidden: torch.Tensor) -> Iterator[torch.Tensor]:
         """Log-probabilities after the last layer, rows of tokens at a time: (rows, vocabulary), float32."""
         cap = getattr(self.model.config, "final_logit_softcapping", None)
@@ -140,7 +181,7 @@ class Stream:
 
 
 class _StoppedError(Exception):
-    """The first layer's input is all that was wanted."""
+    """What was wanted is seen: what comes behind it need not be run."""
 
 
 class _Stop:
