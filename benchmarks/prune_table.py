@@ -39,7 +39,7 @@ from pipeline.progress import Progressor
 from pipeline.prune import PruneSpec
 from pipeline.pruning import chosen
 from pipeline.recordings import sample_ticker
-from pipeline.store import Places, digest, load_artifact, places, whole_folder, write_manifest
+from pipeline.store import Places, build_lock, digest, load_artifact, places, whole_folder, write_manifest
 from pipeline.variants import parse_variant
 
 HOST: Provenance = "host"
@@ -75,7 +75,8 @@ def peer_files(bench: bench_quality.Bench, percent: int, options: argparse.Names
         name = f"prune-layers-{choice}-{percent}-{options.type}"
         folder = bench.where.stages / f"{bench.recipe.name}-{name}-{digest([artifact.files, bench.recipe.prune])[:12]}"
         if not (folder / "manifest.json").is_file():
-            cut = chosen(context, lossless(context)[0], PruneSpec(pruner, "", percent)).cut
+            with build_lock(bench.where.artifacts):  # a build of our own pruner would choose beside it
+                cut = chosen(context, lossless(context)[0], PruneSpec(pruner, "", percent)).cut
             gone = [str(index) for index, layer in enumerate(cut.layers) if layer.gone]
             with whole_folder(folder) as scratch:
                 argv = [str(tools / "llama-quantize"), "--prune-layers", ",".join(gone)]
