@@ -263,6 +263,17 @@ def test_downhill_finds_the_least_of_what_falls_and_rises(count: int) -> None:
     assert downhill(lambda place: float("nan"), 6)[0] == 3
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_solve_reads_the_lower_triangle(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the factorization and, where rounding made the matrix indefinite, without it."""
+    if fails:
+        monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda gram: (gram, torch.tensor(1)))
+    x, known = torch.randn(30, 20, generator=torch.Generator().manual_seed(5)), torch.ones(20, 3)
+    wanted = np.linalg.solve((x.T @ x).numpy() + 0.1 * float((x**2).sum()) / 20 * np.eye(20), known.numpy())
+    found = repair._solve((x.T @ x).tril(), known, 0.1, 20)
+    assert np.abs(found.numpy() - wanted).max() < 1e-5
+
+
 @pytest.mark.parametrize("columns", [480, 800])
 def test_ridge_leaves_alone_what_it_cannot_better(columns: int) -> None:
     """Where noise is all there is to fit, with more and with fewer tokens than columns."""

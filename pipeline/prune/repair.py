@@ -162,7 +162,7 @@ def _fit_part(state: _Pass, index: int, part: int, layer: LayerCut, target: torc
     x, after = state.stream.behind(index, part, state.hidden)
     columns = _columns(state, layer, part)
     x = x if columns is None else x[:, columns]
-    change = ridge(x, (target - after).reshape(-1, target.shape[-1]))
+    change = _ridge_on(state.stream.device, x, (target - after).reshape(-1, target.shape[-1]))
     if change is not None:
         ends = state.stream.ends[index]
         old = (ends.attention, ends.mlp)[part].weight.detach().cpu()
@@ -180,10 +180,15 @@ def _fit_linear(state: _Pass, index: int, target: torch.Tensor) -> None:
     norm, width = state.stream.layers[index].input_layernorm, target.shape[-1]
     rows = state.hidden.reshape(-1, width)
     x = torch.cat([norm(part.to(state.stream.device)).cpu() for part in rows.split(4096)])
-    change = ridge(x, target.reshape(-1, width) - rows)
+    change = _ridge_on(state.stream.device, x, target.reshape(-1, width) - rows)
     matrix = torch.zeros(width, width) if change is None else change
     state.new[f"model.layers.{index}.{LINEAR}"] = matrix
     state.hidden = (rows + x @ matrix.T).reshape(target.shape)
+
+
+def _ridge_on(device: torch.device, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor | None:
+    change = ridge(x.to(device), residual.to(device))
+    return None if change is None else change.cpu()
 
 
 def ridge(x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor | None:
@@ -222,13 +227,13 @@ def _sketched(residual: torch.Tensor) -> torch.Tensor:
     if rows <= _SKETCH:
         return residual
     signs = torch.randint(0, 2, (rows, _SKETCH), generator=torch.Generator().manual_seed(0)) * 2 - 1
-    return residual @ (signs / _SKETCH**0.5)
+    return residual @ (signs / _SKETCH**0.5).to(residual.device)
 
 
 def _gram(x: torch.Tensor) -> torch.Tensor:
     """The lower triangle of x x^T, block by block of rows; what is above the blocks is 0."""
     n = len(x)
-    gram = torch.zeros(n, n)
+    gram = torch.zeros(n, n, device=x.device)
     for start in range(0, n, _GRAM_ROWS):
         stop = min(start + _GRAM_ROWS, n)
         torch.mm(x[start:stop], x[:stop].T, out=gram[start:stop, :stop])
@@ -255,5 +260,6 @@ def _solve(gram: torch.Tensor, known: torch.Tensor, penalty: float, columns: int
     factor, failed = torch.linalg.cholesky_ex(damped)
     if failed:
         damped = damped.tril() + damped.tril(-1).T
-        return torch.linalg.lstsq(damped.double(), known.double(), driver="gelsd").solution.float()
+        found = torch.linalg.lstsq(damped.double().cpu(), known.double().cpu(), driver="gelsd").solution
+        return found.to(known)
     return torch.cholesky_solve(known, factor)
