@@ -13,6 +13,7 @@ It may be stopped at any time: what was measured is not measured again.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shutil
 import tempfile
@@ -76,8 +77,8 @@ def peer_files(bench: bench_quality.Bench, percent: int, options: argparse.Names
         folder = bench.where.stages / f"{bench.recipe.name}-{name}-{digest([artifact.files, bench.recipe.prune])[:12]}"
         if not (folder / "manifest.json").is_file():
             with build_lock(bench.where.artifacts):  # a build of our own pruner would choose beside it
-                cut = chosen(context, lossless(context)[0], PruneSpec(pruner, "", percent)).cut
-            gone = [str(index) for index, layer in enumerate(cut.layers) if layer.gone]
+                (pruned,) = chosen(context, lossless(context)[0], [PruneSpec(pruner, "", percent)])
+            gone = [str(index) for index, layer in enumerate(pruned.cut.layers) if layer.gone]
             with whole_folder(folder) as scratch:
                 argv = [str(tools / "llama-quantize"), "--prune-layers", ",".join(gone)]
                 llama_tools.run_tool(
@@ -91,6 +92,21 @@ def peer_files(bench: bench_quality.Bench, percent: int, options: argparse.Names
                 write_manifest(scratch, described)
         found[name] = folder
     return found
+
+
+def choose_together(bench: bench_quality.Bench, variants: Sequence[str]) -> None:
+    """What goes at each share, pruner by pruner: several shares are chosen from one evidence. What fails here fails
+    again, and is told, where the variant is built."""
+    context = Context(bench.recipe, bench.source, bench.where, os.cpu_count() or 1, bench.progress)
+    by_pruner: dict[str, dict[float, PruneSpec]] = {}
+    for variant in variants:
+        with contextlib.suppress(SlimpiError):
+            spec = parse_variant(variant).prune
+            if spec and spec.percent:
+                by_pruner.setdefault(spec.pruner, {})[spec.percent] = spec
+    for specs in by_pruner.values():
+        with contextlib.suppress(SlimpiError), build_lock(bench.where.artifacts):
+            chosen(context, lossless(context)[0], list(specs.values()))
 
 
 def row_of(
@@ -205,6 +221,7 @@ def run(options: argparse.Namespace, where: Places, out: Path) -> Pruning:
         for percent in () if options.ours else options.percent or PERCENTS:
             for variant, folder in peer_files(bench, percent, options).items():
                 found = _add(found, out, bench, variant, folder, "llama-quantize", options)
+        choose_together(bench, candidates(options))
         for variant in [bench.recipe.reference, *candidates(options)]:
             try:
                 folder = build(bench.recipe, where, progress, os.cpu_count() or 1, [bench.recipe.reference, variant])[

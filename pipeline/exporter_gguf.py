@@ -19,7 +19,7 @@ from pipeline.layers import Stats
 from pipeline.methods import METHODS, llama_codes
 from pipeline.planning import Planned, budget_of, chosen_plan
 from pipeline.prune import PruneSpec
-from pipeline.pruning import pruned_base, told
+from pipeline.pruning import chosen, pruned_base, told
 from pipeline.recipes import artifact_name
 from pipeline.store import stage
 from pipeline.variants import TYPES, VariantSpec, parse_variant
@@ -80,8 +80,9 @@ def _share_chosen(context: Context, prepared: Prepared, spec: VariantSpec) -> Pr
     if spec.prune.percent is not None:
         return spec.prune
     losses: dict[float, float] = {}
-    for percent in AUTO_PERCENTS:
-        tried = replace(spec.prune, percent=percent)
+    shares = {percent: replace(spec.prune, percent=percent) for percent in AUTO_PERCENTS}
+    chosen(context, prepared.base, [share for percent, share in shares.items() if percent])  # from the same evidence
+    for percent, tried in shares.items():
         inner, base, steps = pruned_base(context, prepared, tried)
         try:
             plan = _plan(inner, base, spec)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,17 +26,25 @@ _FACTS, _CHOICE = "prune.json", "choice.npz"
 _COSTS = {"repair_s": "least squares", "distill_s": "distillation"}
 
 
-def chosen(context: Context, base: Path, spec: PruneSpec) -> Pruned:
-    """What goes of a lossless base, from its stage: the same with every repair, and the longer part."""
-    plain = replace(spec, repair="")
+def chosen(context: Context, base: Path, specs: Sequence[PruneSpec]) -> list[Pruned]:
+    """What goes of a lossless base, from stages: the same with every repair, and the longer part. What several shares
+    are chosen from is made once."""
+    subject: Subject | None = None
+    found = []
+    for spec in specs:
+        plain = replace(spec, repair="")
 
-    def make(folder: Path) -> None:
-        with context.progress.step(f"choose what goes by {plain.name}") as tick:
-            save_pruned(folder / _CHOICE, choose(_subject(context, base, tick), plain))
+        def make(folder: Path, plain: PruneSpec = plain) -> None:
+            nonlocal subject
+            with context.progress.step(f"choose what goes by {plain.name}") as tick:
+                subject = subject or _subject(context, base, tick)
+                subject.tick = tick
+                save_pruned(folder / _CHOICE, choose(subject, plain))
 
-    key = [*_key(context, _settings(context)), plain.name]
-    folder = stage(context.places.stages, f"{context.recipe.name}-choice", key, make, context.progress.say)
-    return load_pruned(folder / _CHOICE)
+        key = [*_key(context, _settings(context)), plain.name]
+        folder = stage(context.places.stages, f"{context.recipe.name}-choice", key, make, context.progress.say)
+        found.append(load_pruned(folder / _CHOICE))
+    return found
 
 
 def pruned_base(context: Context, prepared: Prepared, spec: PruneSpec) -> tuple[Context, Prepared, list[Step]]:
@@ -48,7 +57,7 @@ def pruned_base(context: Context, prepared: Prepared, spec: PruneSpec) -> tuple[
     name = f"{recipe.name}-{spec.name.lower().replace('+', '_')}"
 
     def make(folder: Path) -> None:
-        choice = chosen(context, prepared.base, spec)
+        (choice,) = chosen(context, prepared.base, [spec])
         with context.progress.step(f"prune {spec.name}") as tick:
             pruned, facts = finish(_subject(context, prepared.base, tick), spec, choice)
             gguf_export.export_gguf(pruned, folder / "base.gguf", "auto")

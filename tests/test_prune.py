@@ -21,15 +21,18 @@ from test_convert import agreement
 from tiny_models import PROSE, save_tiny
 
 from device.records import SlimpiError
-from pipeline import sensitivity
+from pipeline import sensitivity, sources
 from pipeline.build import build
 from pipeline.checkpoint import Checkpoint, load
 from pipeline.export.gguf import export_gguf
+from pipeline.exporter import Context
+from pipeline.exporter_gguf import lossless
 from pipeline.progress import Progressor, quiet
 from pipeline.prune import (
     PRUNERS,
     PruneSpec,
     Subject,
+    allocate,
     choose,
     depth,
     distill,
@@ -47,6 +50,7 @@ from pipeline.prune.scores import SCORES
 from pipeline.prune.stream import Judge, Stream
 from pipeline.prune.surgery import operate
 from pipeline.prune.widths import Pruned, uniform_widths
+from pipeline.pruning import chosen
 from pipeline.recipes import Calibration, Golden, Prune, Recipe
 from pipeline.sensitivity import cut as cut_text
 from pipeline.store import Places, load_artifact
@@ -522,12 +526,36 @@ def test_what_looks_at_gradients_leaves_the_model_as_it_was(subjects: Callable[[
 
 def test_a_choice_is_read_back_as_written(subjects: Callable[[str], Subject], tmp_path: Path) -> None:
     for pruner, share in (("widths", 40), ("hidden", 50), ("layers", 50)):
-        chosen = choose(subjects("llama"), PruneSpec(pruner, "", share))
-        save_pruned(tmp_path / "choice.npz", chosen)
+        whole = choose(subjects("llama"), PruneSpec(pruner, "", share))
+        save_pruned(tmp_path / "choice.npz", whole)
         read = load_pruned(tmp_path / "choice.npz")
-        assert read.cut == chosen.cut
-        assert read.new.keys() == chosen.new.keys()
-        assert all(torch.equal(read.new[name], value) for name, value in chosen.new.items())
+        assert read.cut == whole.cut
+        assert read.new.keys() == whole.new.keys()
+        assert all(torch.equal(read.new[name], value) for name, value in whole.new.items())
+
+
+def test_several_shares_are_chosen_from_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In any order as if each were alone, and the evidence is made once; of shares that are there it is not made."""
+    save_tiny("llama-tied", tmp_path / "hf")
+    recipe, progress = tiny_recipe(tmp_path / "hf", ["BF16"]), Progressor(plain=True)
+    made: list[int] = []
+    predicted = allocate.predicted
+    monkeypatch.setattr(allocate, "predicted", lambda *args: made.append(1) or predicted(*args))
+
+    def context(home: str) -> Context:
+        where = Places(tmp_path / home)
+        return Context(recipe, sources.fetch(recipe.source, "", where.sources), where, 1, progress)
+
+    specs = [PruneSpec("widths_fisher", "repair", percent) for percent in (40, 20)]
+    together = context("together")
+    found = chosen(together, lossless(together)[0], specs)
+    again = chosen(together, lossless(together)[0], specs[::-1])[::-1]
+    assert [pruned.cut for pruned in again] == [pruned.cut for pruned in found]
+    assert len(made) == 1
+    for spec, expected in zip(specs, found, strict=True):
+        alone = context(f"alone-{spec.percent}")
+        assert chosen(alone, lossless(alone)[0], [spec])[0].cut == expected.cut
+    assert found[0].cut != found[1].cut
 
 
 def test_pruned_variants_are_built_run_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

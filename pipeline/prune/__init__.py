@@ -53,6 +53,14 @@ class Subject:
         stream = Stream(self.checkpoint, self.fitted, self.device)
         return Evidence(stream, moments.collect(stream, self.tick, self.scratch), self.scratch)
 
+    @cached_property
+    def measured_widths(self) -> allocate.Operated:
+        return allocate.measured(self.judge, self.evidence, self.tick)
+
+    @cached_property
+    def predicted_widths(self) -> allocate.Operated:
+        return allocate.predicted(self.evidence, self.tick)
+
 
 Pruner = Callable[[Subject, float], Pruned]
 
@@ -88,8 +96,8 @@ PRUNERS: Mapping[str, Pruner] = MappingProxyType(
         **{f"widths_{name}": _width(partial(widths.uneven_by_score, name)) for name in SCORES},
         # By the optimal brain surgeon; uneven by measured divergence, or predicted from the output's curvature.
         "width": _width(widths.uniform_surgery),
-        "widths": _width(allocate.measured),
-        "widths_fisher": lambda subject, share: allocate.predicted(subject.evidence, share, subject.tick),
+        "widths": lambda subject, share: allocate.within(subject.measured_widths, share),
+        "widths_fisher": lambda subject, share: allocate.within(subject.predicted_widths, share),
         # Narrower hidden states.
         "hidden": lambda subject, share: hidden.hidden(subject.judge, share, subject.tick),
         # Zeros in matrices of the old size, of each row or two of four: nothing gets smaller or faster.

@@ -41,11 +41,21 @@ class Part:
     unit_weights: int
 
 
+@dataclass(frozen=True)
+class Operated:
+    """All parts of a model, and nats a token that the output loses with each number of units of each: what is chosen
+    from at any share."""
+
+    dims: Dims
+    parts: list[Part]
+    nats: list[dict[int, float]]
+
+
 Errors = Callable[[Part], dict[int, float]]
 """Nats a token that the output loses with each number of units."""
 
 
-def measured(judge: Judge, evidence: Evidence, share: float, tick: Tick = quiet) -> Pruned:
+def measured(judge: Judge, evidence: Evidence, tick: Tick = quiet) -> Operated:
     """Every second width is measured; between them the divergence's logarithm goes with that of the surgeon's loss."""
     stream, dims = judge.stream, judge.stream.dims
 
@@ -61,10 +71,10 @@ def measured(judge: Judge, evidence: Evidence, share: float, tick: Tick = quiet)
         tick(part.layer + 1, dims.n_layers, "layers measured")
         return interpolated(found, part.surgery.losses)
 
-    return _allocated(evidence, share, errors, tick)
+    return _operated(evidence, errors, tick)
 
 
-def predicted(evidence: Evidence, share: float, tick: Tick = quiet) -> Pruned:
+def predicted(evidence: Evidence, tick: Tick = quiet) -> Operated:
     """To second order: 1/2 sum over rows of the output's Fisher information and E[(row of W - W') x]^2, from one
     backward pass (see pipeline.sensitivity). Minutes where measuring takes an hour."""
     stream = evidence.stream
@@ -83,7 +93,7 @@ def predicted(evidence: Evidence, share: float, tick: Tick = quiet) -> Pruned:
             found[count] = sensitivity.predicted(error, hessian, rows)
         return {**found, part.counts[-1]: 0.0}
 
-    return _allocated(evidence, share, errors, tick)
+    return _operated(evidence, errors, tick)
 
 
 def interpolated(known: dict[int, float], losses: dict[int, float]) -> dict[int, float]:
@@ -106,22 +116,30 @@ def levels(dims: Dims) -> list[int]:
     return sorted(lower | {dims.channels})
 
 
-def _allocated(evidence: Evidence, share: float, errors: Errors, tick: Tick) -> Pruned:
-    dims = evidence.stream.dims
-    table, sizes, parts = {}, {}, []
-    for index in range(dims.n_layers):
-        for part in _operated(evidence, index):
-            key = f"{index}.{part.name}"
-            parts.append(part)
-            table[key] = {str(count): error for count, error in errors(part).items()}
-            sizes[key] = {count: float(int(count) * part.unit_weights) for count in table[key]}
-        tick(index + 1, dims.n_layers, "layers operated on")
-    budget = int(dims.weights(dims.whole) * (1 - share))
+def within(operated: Operated, share: float) -> Pruned:
+    """The widths of least sum without `share` of the blocks' weights."""
+    parts = {f"{part.layer}.{part.name}": part for part in operated.parts}
+    table = {
+        key: {str(count): error for count, error in of.items()} for key, of in zip(parts, operated.nats, strict=True)
+    }
+    sizes = {key: {count: float(int(count) * parts[key].unit_weights) for count in of} for key, of in table.items()}
+    budget = int(operated.dims.weights(operated.dims.whole) * (1 - share))
     chosen = plan_milp.solve(table, sizes, budget, relative_gap=1e-4).formats
-    return _pruned(parts, {key: int(count) for key, count in chosen.items()}, dims)
+    return _pruned(operated.parts, {key: int(count) for key, count in chosen.items()}, operated.dims)
 
 
-def _operated(evidence: Evidence, index: int) -> tuple[Part, Part]:
+def _operated(evidence: Evidence, errors: Errors, tick: Tick) -> Operated:
+    dims = evidence.stream.dims
+    parts, nats = [], []
+    for index in range(dims.n_layers):
+        for part in _parts(evidence, index):
+            parts.append(part)
+            nats.append(errors(part))
+        tick(index + 1, dims.n_layers, "layers operated on")
+    return Operated(dims, parts, nats)
+
+
+def _parts(evidence: Evidence, index: int) -> tuple[Part, Part]:
     dims, ends, (attention, mlp) = evidence.stream.dims, evidence.stream.ends[index], evidence.moments[index]
     groups, channels, width = list(range(dims.groups + 1)), levels(dims), dims.head * dims.queries_per_group
     first = operate(ends.attention.weight.detach().cpu(), attention.hessian, width, groups)
