@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from statistics import fmean, median
 from typing import Literal
 
@@ -172,7 +172,14 @@ def _speed(row: PruneRow, whole: PruneRow) -> Verdict:
     )
 
 
-def line(row: PruneRow) -> str:
+def common_sets(rows: Sequence[PruneRow]) -> set[str]:
+    """The sets of questions that every row with answers has: means over others do not compare."""
+    asked = [{answers.questions for answers in row.accuracy} for row in rows if row.accuracy]
+    return set.intersection(*asked) if asked else set()
+
+
+def line(row: PruneRow, sets: Collection[str] | None = None) -> str:
+    """sets: of questions that the mean of answers is taken over; all of the row if not said."""
     score = row.score
     low, high = mean_interval(score.kld_chunks) or (score.kld, score.kld)
     speed = ""
@@ -182,33 +189,37 @@ def line(row: PruneRow) -> str:
     return (
         f"{row.model:20} {row.variant:32} {row.size_bytes / 2**20:8.1f} {row.n_linear_weights / 1e6:8.1f} "
         f"{score.perplexity:10.3f} {score.kld:8.4f} [{low:.4f}, {high:.4f}] {100 * score.same_top:6.2f} "
-        f"{_answers(row):28} {speed}"
+        f"{_answers(row, sets):28} {speed}"
     )
 
 
-def _answers(row: PruneRow) -> str:
+def _answers(row: PruneRow, sets: Collection[str] | None) -> str:
     """Mean acc_norm over the sets, its standard error, and the peak of memory with them."""
-    if not row.accuracy:
+    answers = [a for a in row.accuracy if sets is None or a.questions in sets]
+    if not answers:
         return ""
-    means = [fmean(a.correct_norm) for a in row.accuracy]
-    variances = [m * (1 - m) / (len(a.correct_norm) - 1) for m, a in zip(means, row.accuracy, strict=True)]
+    means = [fmean(a.correct_norm) for a in answers]
+    variances = [m * (1 - m) / (len(a.correct_norm) - 1) for m, a in zip(means, answers, strict=True)]
     stderr = math.sqrt(sum(variances)) / len(means)
-    peak = max(a.peak_rss_bytes for a in row.accuracy) / 2**20
+    peak = max(a.peak_rss_bytes for a in answers) / 2**20
     return f"{100 * fmean(means):5.1f} ±{100 * stderr:4.1f} % {peak:7.0f} MiB"
 
 
 def table(rows: Sequence[PruneRow]) -> list[str]:
-    """One line a file, by model and by what is left, best first."""
+    """One line a file, by model and by what is left, best first; answers to the questions that all of a model's rows
+    with answers were asked."""
     head = (
         f"{'model':20} {'variant':32} {'MiB':>8} {'M linear':>8} {'perplexity':>10} {'KLD [95 % over chunks]':>25} "
         f"{'top-1 %':>7} {'acc_norm, peak RSS':28} decode"
     )
-    order = list(dict.fromkeys(row.model for row in rows))
-
-    def key(row: PruneRow) -> tuple[int, float, float]:
-        return order.index(row.model), row.percent or 0.0, row.score.perplexity
-
-    return [head, *(line(row) for row in sorted(rows, key=key))]
+    found = [head]
+    for model in dict.fromkeys(row.model for row in rows):
+        mine = [row for row in rows if row.model == model]
+        sets = common_sets(mine)
+        found += [line(row, sets) for row in sorted(mine, key=lambda row: (row.percent or 0.0, row.score.perplexity))]
+        if sets:
+            found.append(f"{model}: acc_norm is the mean over {', '.join(sorted(sets))}")
+    return found
 
 
 def verdict_line(v: Verdict) -> str:

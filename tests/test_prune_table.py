@@ -7,9 +7,10 @@ from pathlib import Path
 
 import bench_quality
 import llama_tools
+import msgspec
 import prune_table
 import pytest
-from prune_rows import Maker, PruneRow, SpeedPair, merged, table, verdict_line, verdicts_of
+from prune_rows import Accuracy, Maker, PruneRow, SpeedPair, line, merged, table, verdict_line, verdicts_of
 from quality_rows import Score
 from test_prune import tiny_recipe
 from tiny_models import save_tiny
@@ -119,6 +120,23 @@ def test_questions_that_are_not_there_are_told_first(tmp_path: Path, capsys: pyt
     assert prune_table.main(["--choices", "path:nowhere.jsonl", "--out", str(out)]) == 1
     assert "nowhere.jsonl is not a file" in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_answers_are_averaged_over_what_all_were_asked() -> None:
+    def asked(variant: str, **correct: list[float]) -> PruneRow:
+        sets = [
+            Accuracy(questions=name, questions_sha256="0" * 64, correct=c, correct_norm=c, peak_rss_bytes=2**20)
+            for name, c in correct.items()
+        ]
+        return msgspec.structs.replace(row(variant, [3.0]), accuracy=sets)
+
+    easy, hard = [1.0, 1.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0]
+    rows = [asked("F16", arc=easy, swag=hard), asked("LAYERS-10-F16", arc=easy), row("LAYERS-20-F16", [3.0])]
+    lines = table(rows)
+    assert ["75.0" in text for text in lines] == [False, True, True, False, False]
+    assert lines[-1] == "m: acc_norm is the mean over arc"
+    assert "37.5" in line(rows[0])
+    assert "acc_norm is" not in "".join(table(rows[2:]))
 
 
 def test_llama_quantize_drops_the_layers_that_our_pruners_choose(
