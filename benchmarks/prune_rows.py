@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Sequence
-from statistics import fmean, median
+from statistics import fmean, median, variance
 from typing import Literal
 
 from quality_rows import Conditions, Score, mean_interval
@@ -178,8 +178,9 @@ def common_sets(rows: Sequence[PruneRow]) -> set[str]:
     return set.intersection(*asked) if asked else set()
 
 
-def line(row: PruneRow, sets: Collection[str] | None = None) -> str:
-    """sets: of questions that the mean of answers is taken over; all of the row if not said."""
+def line(row: PruneRow, sets: Collection[str] | None = None, whole: PruneRow | None = None) -> str:
+    """sets: of questions that the mean of answers is taken over; all of the row if not said. whole: whose answers to
+    the same questions are subtracted."""
     score = row.score
     low, high = mean_interval(score.kld_chunks) or (score.kld, score.kld)
     speed = ""
@@ -189,20 +190,32 @@ def line(row: PruneRow, sets: Collection[str] | None = None) -> str:
     return (
         f"{row.model:20} {row.variant:32} {row.size_bytes / 2**20:8.1f} {row.n_linear_weights / 1e6:8.1f} "
         f"{score.perplexity:10.3f} {score.kld:8.4f} [{low:.4f}, {high:.4f}] {100 * score.same_top:6.2f} "
-        f"{_answers(row, sets):28} {speed}"
+        f"{_answers(row, sets, whole):44} {speed}"
     )
 
 
-def _answers(row: PruneRow, sets: Collection[str] | None) -> str:
-    """Mean acc_norm over the sets, its standard error, and the peak of memory with them."""
+def _answers(row: PruneRow, sets: Collection[str] | None, whole: PruneRow | None) -> str:
+    """Mean acc_norm over the sets, its standard error; the same of the difference to the whole model's, question by
+    question; and the peak of memory with them."""
     answers = [a for a in row.accuracy if sets is None or a.questions in sets]
     if not answers:
         return ""
-    means = [fmean(a.correct_norm) for a in answers]
-    variances = [m * (1 - m) / (len(a.correct_norm) - 1) for m, a in zip(means, answers, strict=True)]
-    stderr = math.sqrt(sum(variances)) / len(means)
+    theirs = {a.questions: a for a in whole.accuracy} if whole and whole is not row else {}
+    lost = ""
+    if all(a.questions in theirs and len(theirs[a.questions].correct_norm) == len(a.correct_norm) for a in answers):
+        pairs = [zip(a.correct_norm, theirs[a.questions].correct_norm, strict=True) for a in answers]
+        mean, stderr = _mean_of_means([[x - y for x, y in pair] for pair in pairs])
+        lost = f" ({100 * mean:+5.1f} ±{100 * stderr:4.1f})"
+    mean, stderr = _mean_of_means([a.correct_norm for a in answers])
     peak = max(a.peak_rss_bytes for a in answers) / 2**20
-    return f"{100 * fmean(means):5.1f} ±{100 * stderr:4.1f} % {peak:7.0f} MiB"
+    return f"{100 * mean:5.1f} ±{100 * stderr:4.1f}{lost} % {peak:7.0f} MiB"
+
+
+def _mean_of_means(sets: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """Of independent samples, each set weighing the same: the mean, and its standard error, nan of a single sample."""
+    variances = [variance(values) / len(values) if len(values) > 1 else math.nan for values in sets]
+    stderr = math.sqrt(sum(variances)) / len(sets)
+    return fmean(map(fmean, sets)), stderr
 
 
 def table(rows: Sequence[PruneRow]) -> list[str]:
@@ -210,13 +223,15 @@ def table(rows: Sequence[PruneRow]) -> list[str]:
     with answers were asked."""
     head = (
         f"{'model':20} {'variant':32} {'MiB':>8} {'M linear':>8} {'perplexity':>10} {'KLD [95 % over chunks]':>25} "
-        f"{'top-1 %':>7} {'acc_norm, peak RSS':28} decode"
+        f"{'top-1 %':>7} {'acc_norm (less the whole model), peak RSS':44} decode"
     )
     found = [head]
     for model in dict.fromkeys(row.model for row in rows):
         mine = [row for row in rows if row.model == model]
         sets = common_sets(mine)
-        found += [line(row, sets) for row in sorted(mine, key=lambda row: (row.percent or 0.0, row.score.perplexity))]
+        whole = next((row for row in mine if row.percent is None and row.accuracy), None)
+        ordered = sorted(mine, key=lambda row: (row.percent or 0.0, row.score.perplexity))
+        found += [line(row, sets, whole) for row in ordered]
         if sets:
             found.append(f"{model}: acc_norm is the mean over {', '.join(sorted(sets))}")
     return found

@@ -1,13 +1,15 @@
 """Pruning at equal bytes: our pruners, with and without repair, against llama-quantize --prune-layers.
 
-`python benchmarks/prune_table.py` prunes each model by 10, 20 and 30 % of its decoder blocks' weights in every way of
-PRUNERS and by llama-quantize (which drops the layers it is told: those of least block influence, and the best run of
-neighbours by measured divergence, so that it has both of the usual choices), measures each file's perplexity and
-divergence on WikiText-2 test with the agent's own task, then the decode speed of some against the whole model, and
-writes benchmarks/results/<machine>/prune.json and a table. Exit code 1 if at some share no repaired file of ours of at
-most llama-quantize's bytes has a lower perplexity, or decoding gains less than 0.9 of the share of weights removed.
+`python benchmarks/prune_table.py` prunes each model by 10, 20 and 30 % of its decoder blocks' weights in the ways of
+prune_subjects.py and by llama-quantize (which drops the layers it is told: those of least block influence, and the best
+run of neighbours by measured divergence, so that it has both of the usual choices), quantizes some and the whole model
+alike, measures each file's perplexity and divergence on WikiText-2 test and its zero-shot answers with the agent's own
+tasks, then the decode speed of some against the whole model, and writes benchmarks/results/<machine>/prune.json and a
+table. Exit code 1 if at some share no repaired file of ours of at most llama-quantize's bytes has a lower perplexity,
+or decoding gains less than 0.9 of the share of weights removed.
 
-It may be stopped at any time: what was measured is not measured again.
+A day or more on two slow cores; --percent, --pruner, --ours and `--choices none` take parts of it. It may be stopped at
+any time: what was measured is not measured again.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import bench_quality
@@ -27,6 +30,7 @@ import peers
 import prune_rows
 from bench_common import at_least, command, output_options, result_path
 from prune_rows import Accuracy, PruneRow, Pruning, SpeedPair
+from prune_subjects import NO_QUESTIONS, PERCENTS, QUESTIONS, SUBJECTS, Subject
 
 from device.records import SlimpiError, encode, read_record, write_atomic
 from device.schema import Choices, Job, Provenance, Throughput, describe_file
@@ -39,41 +43,42 @@ from pipeline.jobs import describe_questions
 from pipeline.progress import Progressor
 from pipeline.prune import PruneSpec
 from pipeline.pruning import chosen
+from pipeline.recipes import read_recipe
 from pipeline.recordings import sample_ticker
 from pipeline.store import Places, build_lock, digest, load_artifact, places, whole_folder, write_manifest
 from pipeline.variants import parse_variant
 
 HOST: Provenance = "host"
-RECIPES = ("smollm2-135m-prune",)
-PERCENTS = (10, 20, 30)
 CHOICES = {"influence": "layers_influence", "run": "layers_run"}
 """Whose layers llama-quantize is told to drop: what those of PRUNERS choose."""
 
-WAYS = ("layers", "blocks", "width", "widths_fisher", "widths")
-OTHERS = ("layers_influence", "layers_run", "width_wanda", "width_flap", "width_taylor", "widths_flap", "hidden")
-REPAIRED = ("", "+repair")
+
+def subject_of(model: str, options: argparse.Namespace) -> Subject:
+    """What is measured of a model, with what options say otherwise."""
+    found = SUBJECTS.get(model, Subject())
+    said = {"type": options.type, "n_chunks": options.chunks, "n_questions": options.limit}
+    if options.choices:
+        said["questions"] = tuple(name for name in options.choices if name != NO_QUESTIONS)
+    return replace(found, **{name: value for name, value in said.items() if value is not None})
 
 
-def candidates(options: argparse.Namespace) -> list[str]:
-    """Variants in the order they are measured: those of the bar first."""
+def candidates(subject: Subject, options: argparse.Namespace) -> list[str]:
+    """Variants of ours in the order they are measured."""
     if options.ours:
         return list(options.ours)
-    found = []
-    for pruners in [options.pruner] if options.pruner else (WAYS, OTHERS):
-        for percent in options.percent or PERCENTS:
-            found += [f"{pruner}{repair}-{percent}".upper() for pruner in pruners for repair in REPAIRED]
-    return [f"{name}-{options.type}" for name in found]
+    ways = tuple(name.lower() for name in options.pruner)
+    return list(dict.fromkeys(subject.variants(tuple(options.percent or PERCENTS), ways)))
 
 
-def peer_files(bench: bench_quality.Bench, percent: int, options: argparse.Namespace) -> dict[str, Path]:
-    """{variant: artifact folder} of llama-quantize's pruned files; SlimpiError if its tool fails."""
+def peer_files(bench: bench_quality.Bench, percent: int, kind: str, options: argparse.Namespace) -> dict[str, Path]:
+    """{variant: artifact folder} of llama-quantize's pruned files of type `kind`; SlimpiError if its tool fails."""
     reference = build(bench.recipe, bench.where, bench.progress, options.threads, [bench.recipe.reference])[0]
     artifact = load_artifact(reference)
     tools = llama_tools.find_or_build(options.peers_dir)
     context = Context(bench.recipe, bench.source, bench.where, options.threads, bench.progress)
     found = {}
     for choice, pruner in CHOICES.items():
-        name = f"prune-layers-{choice}-{percent}-{options.type}"
+        name = f"prune-layers-{choice}-{percent}-{kind}"
         folder = bench.where.stages / f"{bench.recipe.name}-{name}-{digest([artifact.files, bench.recipe.prune])[:12]}"
         if not (folder / "manifest.json").is_file():
             with build_lock(bench.where.artifacts):  # a build of our own pruner would choose beside it
@@ -81,9 +86,7 @@ def peer_files(bench: bench_quality.Bench, percent: int, options: argparse.Names
             gone = [str(index) for index, layer in enumerate(pruned.cut.layers) if layer.gone]
             with whole_folder(folder) as scratch:
                 argv = [str(tools / "llama-quantize"), "--prune-layers", ",".join(gone)]
-                llama_tools.run_tool(
-                    [*argv, str(reference / artifact.entry), str(scratch / "pruned.gguf"), options.type]
-                )
+                llama_tools.run_tool([*argv, str(reference / artifact.entry), str(scratch / "pruned.gguf"), kind])
                 file = describe_file(scratch, "pruned.gguf")
                 changed = {"id": folder.name.lower(), "name": folder.name.lower(), "variant": name, "entry": file.path}
                 described = msgspec.structs.replace(
@@ -136,7 +139,7 @@ def row_of(
     )
 
 
-def accuracy_of(bench: bench_quality.Bench, folder: Path, name: str, options: argparse.Namespace) -> Accuracy:
+def accuracy_of(bench: bench_quality.Bench, folder: Path, name: str, limit: int) -> Accuracy:
     """Zero-shot answers to the first questions of a set, by the agent's own task."""
     artifact = load_artifact(folder)
     questions = describe_questions(name, bench.where)
@@ -147,7 +150,7 @@ def accuracy_of(bench: bench_quality.Bench, folder: Path, name: str, options: ar
             artifact_dir=str(folder),
             data_dir=str(bench.where.datasets),
             work_dir=work,
-            tasks=[Choices(dataset=questions, limit=options.limit)],
+            tasks=[Choices(dataset=questions, limit=limit)],
             threads=bench.threads,
             provenance=HOST,
         )
@@ -165,13 +168,14 @@ def accuracy_of(bench: bench_quality.Bench, folder: Path, name: str, options: ar
     )
 
 
-def _asked(bench: bench_quality.Bench, folder: Path, row: PruneRow, options: argparse.Namespace) -> PruneRow:
+def _asked(bench: bench_quality.Bench, folder: Path, row: PruneRow, subject: Subject) -> PruneRow:
     """The row with the answers to the sets that it lacks, or has of another number of questions."""
-    known = {a.questions: a for a in row.accuracy if not options.limit or len(a.correct) == options.limit}
-    missing = [name for name in options.choices if name not in known]
+    limit = subject.n_questions
+    known = {a.questions: a for a in row.accuracy if not limit or len(a.correct) == limit}
+    missing = [name for name in subject.questions if name not in known]
     if not missing:
         return row
-    found = {**known, **{name: accuracy_of(bench, folder, name, options) for name in missing}}
+    found = {**known, **{name: accuracy_of(bench, folder, name, limit) for name in missing}}
     return msgspec.structs.replace(row, accuracy=list(found.values()))
 
 
@@ -209,38 +213,60 @@ def bench_model(folder: Path) -> peers.Model:
 def run(options: argparse.Namespace, where: Places, out: Path) -> Pruning:
     """Measure what `out` lacks, writing it after every file."""
     progress = Progressor()
-    for name in options.choices:  # a set that is not there is told now, not after minutes
+    for name in subject_of("", options).questions:  # a set that is not there is told now, not after minutes
         describe_questions(name, where)
     found = (
         read_record(out, Pruning)
         if out.exists()
         else Pruning(conditions=bench_quality.conditions_of(options.machine), rows=[], verdicts=[])
     )
-    for path in options.recipes or [where.root / "models" / f"{name}.toml" for name in RECIPES]:
-        bench = bench_quality.open_bench(path, options, where, progress)
-        for percent in () if options.ours else options.percent or PERCENTS:
-            for variant, folder in peer_files(bench, percent, options).items():
-                found = _add(found, out, bench, variant, folder, "llama-quantize", options)
-        choose_together(bench, candidates(options))
-        for variant in [bench.recipe.reference, *candidates(options)]:
-            try:
-                folder = build(bench.recipe, where, progress, os.cpu_count() or 1, [bench.recipe.reference, variant])[
-                    -1
-                ]
-                found = _add(found, out, bench, variant, folder, "slimpi", options)
-            except SlimpiError as error:
-                progress.say(f"  {bench.recipe.name} {variant} FAILED: {error}")
-                continue
-            if options.discard and variant != bench.recipe.reference:
-                shutil.rmtree(folder)
-        for variant in options.speed:
-            row = next((r for r in found.rows if (r.model, r.variant) == (bench.recipe.name, variant)), None)
-            if row is None:
-                raise SlimpiError(f"--speed {variant}: no such row. Measure it first (--ours {variant}).")
-            timed = msgspec.structs.replace(row, speed=speed_of(bench, variant, options))
-            found = msgspec.structs.replace(found, rows=prune_rows.merged(found.rows, timed))
-            write_atomic(out, encode(found))
+    for path in options.recipes or [where.root / "models" / f"{name}.toml" for name in SUBJECTS]:
+        subject = subject_of(read_recipe(path).name, options)
+        said = argparse.Namespace(**{**vars(options), "text": [options.text], "chunks": subject.n_chunks})
+        bench = bench_quality.open_bench(path, said, where, progress)
+        found = _measured(found, out, bench, subject, options)
+        found = _timed(found, out, bench, subject, options)
     return msgspec.structs.replace(found, verdicts=prune_rows.verdicts_of(found.rows))
+
+
+def _measured(
+    found: Pruning, out: Path, bench: bench_quality.Bench, subject: Subject, options: argparse.Namespace
+) -> Pruning:
+    """With the rows of a model. A variant that fails is told and left out."""
+    for percent in () if options.ours else options.percent or PERCENTS:
+        for variant, folder in peer_files(bench, percent, subject.type, options).items():
+            found = _add(found, out, bench, variant, folder, "llama-quantize", subject)
+    variants = candidates(subject, options)
+    choose_together(bench, variants)
+    reference, n_cores = bench.recipe.reference, os.cpu_count() or 1
+    for variant in [reference, *variants]:
+        try:
+            folder = build(bench.recipe, bench.where, bench.progress, n_cores, [reference, variant])[-1]
+            found = _add(found, out, bench, variant, folder, "slimpi", subject)
+        except SlimpiError as error:
+            bench.progress.say(f"  {bench.recipe.name} {variant} FAILED: {error}")
+            continue
+        if options.discard and variant != reference:
+            shutil.rmtree(folder)
+    return found
+
+
+def _timed(
+    found: Pruning, out: Path, bench: bench_quality.Bench, subject: Subject, options: argparse.Namespace
+) -> Pruning:
+    """With the speeds asked for, taken anew; in a whole run with those of the subject that are not there yet."""
+    whole_run = not (options.ours or options.pruner or options.speed)
+    percents = tuple(options.percent or PERCENTS)
+    for variant in subject.timed_variants(percents) if whole_run else options.speed:
+        row = next((r for r in found.rows if (r.model, r.variant) == (bench.recipe.name, variant)), None)
+        if row is None and not whole_run:
+            raise SlimpiError(f"--speed {variant}: no such row. Measure it first (--ours {variant}).")
+        if row is None or (row.speed and whole_run):
+            continue
+        timed = msgspec.structs.replace(row, speed=speed_of(bench, variant, options))
+        found = msgspec.structs.replace(found, rows=prune_rows.merged(found.rows, timed))
+        write_atomic(out, encode(found))
+    return found
 
 
 def _add(
@@ -250,10 +276,10 @@ def _add(
     variant: str,
     folder: Path,
     maker: prune_rows.Maker,
-    options: argparse.Namespace,
+    subject: Subject,
 ) -> Pruning:
     known = next((r for r in found.rows if (r.model, r.variant) == (bench.recipe.name, variant)), None)
-    row = _asked(bench, folder, row_of(bench, variant, folder, maker, known), options)
+    row = _asked(bench, folder, row_of(bench, variant, folder, maker, known), subject)
     if row != known:
         found = msgspec.structs.replace(found, rows=prune_rows.merged(found.rows, row))
         write_atomic(out, encode(found))
@@ -264,25 +290,23 @@ def _add(
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("recipes", type=Path, nargs="*", help=f"recipe files; default: {', '.join(RECIPES)}")
-    add("--ours", action="append", default=[], metavar="VARIANT", help="measure these pruned variants alone")
-    add(
-        "--pruner", action="append", default=[], metavar="PRUNER", help="of these ways alone (repeatable); default: all"
-    )
+    add("recipes", type=Path, nargs="*", help=f"recipe files; default: {', '.join(SUBJECTS)}")
+    add("--ours", action="append", default=[], metavar="VARIANT", help="measure these variants alone (repeatable)")
+    add("--pruner", action="append", default=[], metavar="PRUNER", help="measure these ways alone (repeatable)")
     add("--speed", action="append", default=[], metavar="VARIANT", help="time decoding of these beside the whole model")
     add("--percent", type=at_least(1), action="append", help="of the blocks' weights to remove; default: 10, 20, 30")
-    add("--type", default="F16", help="llama-quantize's type of the files (default %(default)s)")
-    add("--text", action="append", default=["wikitext2-test"], help=argparse.SUPPRESS)
+    add("--type", help="llama-quantize's type of the files; default: the model's in prune_subjects.py")
+    add("--text", default="wikitext2-test", help="what perplexity and divergence are of (default %(default)s)")
     add(
         "--choices",
         action="append",
         default=[],
         metavar="SET",
-        help="questions to ask zero-shot (repeatable): arc_easy",
+        help=f"questions to ask zero-shot (repeatable), or {NO_QUESTIONS}; default: {', '.join(QUESTIONS)}",
     )
-    add("--limit", type=at_least(0), default=200, help="questions of each set, 0 = all (default %(default)s)")
+    add("--limit", type=at_least(0), help="questions of each set, 0 = all; default: prune_subjects.py's")
     add("--n-ctx", type=at_least(8), default=512, help="tokens in a chunk (default %(default)s)")
-    add("--chunks", type=at_least(0), default=20, help="chunks to score, 0 = all (default %(default)s)")
+    add("--chunks", type=at_least(0), help="chunks to score, 0 = all; default: prune_subjects.py's")
     add("--pairs", type=at_least(1), default=8, help="timed pairs of runs (default %(default)s)")
     add("--threads", type=at_least(1), default=1, help="inference threads (default %(default)s)")
     add("--discard", action="store_true", help="remove each pruned artifact once it is measured")

@@ -10,11 +10,13 @@ import llama_tools
 import msgspec
 import prune_table
 import pytest
-from prune_rows import Accuracy, Maker, PruneRow, SpeedPair, line, merged, table, verdict_line, verdicts_of
+from prune_rows import Accuracy, Maker, PruneRow, Pruning, SpeedPair, line, merged, table, verdict_line, verdicts_of
+from prune_subjects import SUBJECTS, Subject
 from quality_rows import Score
 from test_prune import tiny_recipe
 from tiny_models import save_tiny
 
+from device.records import read_record
 from pipeline import sources
 from pipeline.build import build
 from pipeline.jobs import describe_dataset
@@ -66,12 +68,32 @@ def row(
     )
 
 
-def test_every_candidate_is_a_variant() -> None:
+@pytest.mark.parametrize("model", [*SUBJECTS, "another"])
+def test_every_candidate_is_a_variant(model: str) -> None:
+    """A whole run has every way at every share, repaired and not, and the whole model in what pruned ones are in."""
     options = prune_table._parser().parse_args([])
-    names = prune_table.candidates(options)
-    assert len(names) == len(set(names)) == 3 * 2 * (len(prune_table.WAYS) + len(prune_table.OTHERS))
-    assert all((spec := parse_variant(name).prune) and spec.percent in (10, 20, 30) for name in names)
-    assert prune_table.candidates(prune_table._parser().parse_args(["--ours", "LAYERS-5-Q8_0"])) == ["LAYERS-5-Q8_0"]
+    subject = prune_table.subject_of(model, options)
+    names = prune_table.candidates(subject, options)
+    specs = [parse_variant(name) for name in names]
+    assert len(names) == len(set(names))
+    assert {spec.prune.percent for spec in specs if spec.prune} >= {10, 20, 30}
+    assert {spec.name for spec in specs if not spec.prune} == set(subject.crossed)
+    for way in subject.ways:
+        assert sum(bool(spec.prune and spec.prune.pruner == way and spec.name == subject.type) for spec in specs) >= 6
+    assert set(subject.timed_variants()) <= set(names)
+
+
+def test_options_take_a_part_of_a_whole_run() -> None:
+    def of(*argv: str) -> tuple[list[str], prune_table.Subject]:
+        options = prune_table._parser().parse_args(argv)
+        subject = prune_table.subject_of("qwen2.5-coder-1.5b", options)
+        return prune_table.candidates(subject, options), subject
+
+    assert of("--ours", "LAYERS-5-Q8_0")[0] == ["LAYERS-5-Q8_0"]
+    names, subject = of("--pruner", "hidden", "--percent", "5", "--type", "F16", "--limit", "0", "--choices", "none")
+    assert names == ["HIDDEN-5-F16", "HIDDEN+REPAIR-5-F16"]
+    assert (subject.questions, subject.n_questions, subject.n_chunks) == ((), 0, 6)
+    assert of("--choices", "boolq")[1].questions == ("boolq",)
 
 
 def test_the_best_repaired_file_of_their_bytes_is_compared_with_their_best() -> None:
@@ -136,6 +158,9 @@ def test_answers_are_averaged_over_what_all_were_asked() -> None:
     assert ["75.0" in text for text in lines] == [False, True, True, False, False]
     assert lines[-1] == "m: acc_norm is the mean over arc"
     assert "37.5" in line(rows[0])
+    (less,) = (text for text in table([rows[0], asked("LAYERS-20-F16", arc=[1.0, 0.0, 1.0, 0.0])]) if "LAYERS" in text)
+    assert " 50.0 ±28.9 (-25.0 ±25.0) %" in less  # one of four questions, which the whole model knew
+    assert "nan" in line(asked("F16", arc=[1.0]))
     assert "acc_norm is" not in "".join(table(rows[2:]))
 
 
@@ -164,10 +189,10 @@ def test_llama_quantize_drops_the_layers_that_our_pruners_choose(
 
     monkeypatch.setattr(llama_tools, "find_or_build", lambda folder: tmp_path)
     monkeypatch.setattr(llama_tools, "run_tool", run)
-    options = prune_table._parser().parse_args(["--type", "BF16"])
-    files = prune_table.peer_files(bench, 50, options)
+    options = prune_table._parser().parse_args([])
+    files = prune_table.peer_files(bench, 50, "BF16", options)
     assert list(files) == ["prune-layers-influence-50-BF16", "prune-layers-run-50-BF16"]
-    assert prune_table.peer_files(bench, 50, options) == files
+    assert prune_table.peer_files(bench, 50, "BF16", options) == files
     by_influence, by_run = ([int(index) for index in argv[2].split(",")] for argv in told)
     assert by_run == [by_run[0], by_run[0] + 1]
     capsys.readouterr()
@@ -176,3 +201,56 @@ def test_llama_quantize_drops_the_layers_that_our_pruners_choose(
     for folder, gone in ((run_folder, by_run), (influence_folder, by_influence)):
         (step,) = (step for step in load_artifact(folder).lineage if step.action == "prune")
         assert [index for index, groups in enumerate(step.settings["kv_groups"]) if not groups] == gone
+
+
+def test_a_whole_run_and_what_is_not_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Theirs at every share, ours at every share, the whole model in what ours are in, and speeds; then nothing."""
+    save_tiny("llama", tmp_path / "hf")
+    (tmp_path / "tiny.toml").write_text(
+        f'name = "tiny"\nsource = "path:{tmp_path / "hf"}"\nexport = "gguf"\nvariants = ["BF16"]\n'
+        "[calibration]\nn_ctx = 64\nn_chunks = 4\n[prune]\nmeasured = 2\nfitted = 8\n[golden]\nn = 4\nn_tokens = 16\n"
+    )
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text('{"context": "A stone", "choices": [" falls", " sings"], "answer": 0}\n' * 3)
+    subject = Subject("BF16", ("layers_influence",), ("layers_influence",), ("Q8_0",), timed=("layers_influence",))
+    monkeypatch.setitem(SUBJECTS, "tiny", subject)
+    monkeypatch.setenv("SLIMPI_HOME", str(tmp_path))
+    monkeypatch.setattr(llama_tools, "find_or_build", lambda folder: tmp_path)
+    run_tool = llama_tools.run_tool
+
+    def run(argv: list[str]) -> object:
+        return shutil.copyfile(argv[-3], argv[-2]) if argv[0].endswith("llama-quantize") else run_tool(argv)
+
+    monkeypatch.setattr(llama_tools, "run_tool", run)
+    pair = SpeedPair(whole_tps=10.0, pruned_tps=30.0)
+    monkeypatch.setattr(prune_table, "speed_of", lambda *_: [pair])
+    monkeypatch.setattr(bench_quality, "measure", lambda *_: row("", [3.0, 3.1]).score)
+    out = tmp_path / "prune.json"
+    argv = [str(tmp_path / "tiny.toml"), "--percent", "50", "--text", "demo:prose_test.txt", "--n-ctx", "64"]
+    argv += ["--chunks", "3", "--choices", f"path:{questions}", "--limit", "2", "--out", str(out), "--discard"]
+    code = prune_table.main(argv)
+    said = capsys.readouterr()
+    assert out.is_file(), said.err
+    found = read_record(out, Pruning)
+    assert [r.variant for r in found.rows] == [
+        "prune-layers-influence-50-BF16",
+        "prune-layers-run-50-BF16",
+        "BF16",
+        "LAYERS_INFLUENCE-50-BF16",
+        "LAYERS_INFLUENCE+REPAIR-50-BF16",
+        "Q8_0",
+        "LAYERS_INFLUENCE+REPAIR-50-Q8_0",
+    ], said.err
+    assert [len(r.accuracy[0].correct) for r in found.rows] == [2] * 7
+    assert [r.variant for r in found.rows if r.speed] == ["LAYERS_INFLUENCE+REPAIR-50-BF16"]
+    assert {v.what for v in found.verdicts} == {"quality", "speed"}
+    assert code == (0 if all(v.ok for v in found.verdicts) else 1)
+    left = [load_artifact(p).variant for p in sorted((tmp_path / "models" / "artifacts").glob("tiny-*"))]
+    assert left == ["BF16"]  # --discard
+    for name in ("speed_of", "accuracy_of"):
+        monkeypatch.setattr(prune_table, name, None)  # called again, it would fail
+    monkeypatch.setattr(bench_quality, "measure", None)
+    assert prune_table.main(argv) == code
+    assert read_record(out, Pruning).rows == found.rows
