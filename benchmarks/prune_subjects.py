@@ -34,7 +34,7 @@ class Subject:
         """In the order they are measured: by way and share; unless ways are named, the whole model and the pruned
         quantized further, and `others`, too."""
         names = [
-            f"{way}{repair}-{percent}".upper() + f"-{self.type}"
+            _variant(way + repair, percent, self.type)
             for way in ways or self.ways
             for percent in percents
             for repair in REPAIRED
@@ -42,14 +42,19 @@ class Subject:
         if ways:
             return names
         for plan in self.crossed:
-            names += [
-                plan,
-                *(f"{way}+repair-{percent}".upper() + f"-{plan}" for percent in percents for way in self.pruned),
-            ]
+            names += [plan, *_repaired(self.pruned, percents, plan)]
         return [*names, *self.others]
 
     def timed_variants(self, percents: tuple[int, ...] = PERCENTS) -> list[str]:
-        return [f"{way}+repair-{percent}".upper() + f"-{self.type}" for percent in percents for way in self.timed]
+        return _repaired(self.timed, percents, self.type)
+
+
+def _repaired(ways: tuple[str, ...], percents: tuple[int, ...], plan: str) -> list[str]:
+    return [_variant(f"{way}+repair", percent, plan) for percent in percents for way in ways]
+
+
+def _variant(way: str, percent: int, plan: str) -> str:
+    return f"{way.upper()}-{percent}-{plan}"
 
 
 SUBJECTS = {
@@ -81,7 +86,7 @@ SUBJECTS = {
         ),
         timed=("layers", "widths_fisher"),
     ),
-    # A chunk takes a minute of a slow core, exchanges of layers a day: the ways that are chosen in minutes.
+    # A chunk takes a minute of a slow core: few ways, and no exchanges of layers.
     "qwen2.5-coder-1.5b": Subject(
         type="Q8_0",
         ways=("layers_run", "layers_influence", "widths_fisher"),
