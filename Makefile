@@ -78,7 +78,7 @@ bench-plans: install  ## programs by three measures, a genetic algorithm and a s
 bench-mxq: install  ## MXQ's table: perplexity and KL divergence at 4.75 to 2.75 bits, against HQQ, GPTQ and AWQ (hours; resumable)
 	$(BIN)/python benchmarks/mxq_table.py models/gemma-3-270m.toml
 
-bench-prune: install  ## ways of pruning at 10, 20, 30 %, against llama-quantize --prune-layers, crossed with quantizing; and of the tweets' classifier (a day, 65 GB; resumable)
+bench-prune: install  ## ways of pruning at 10, 20, 30 %, against llama-quantize --prune-layers, crossed with quantizing; and of the tweets' classifier (a day; resumable)
 	$(BIN)/python benchmarks/prune_table.py --discard
 	$(BIN)/python benchmarks/prune_encoders.py
 

@@ -41,11 +41,13 @@ class Accuracy(Record, frozen=True, kw_only=True):
 
 
 class PruneRow(Record, frozen=True, kw_only=True):
-    """One file. n_linear_weights: in the matrices of the decoder blocks."""
+    """One file. artifact_id: what it was built as, "" in rows that are older than the field and of llama-quantize's.
+    n_linear_weights: in the matrices of the decoder blocks."""
 
     model: str
     variant: str
     maker: Maker
+    artifact_id: str = ""
     file_sha256: str
     size_bytes: int
     n_weights: int

@@ -30,20 +30,20 @@ class Subject:
     questions: tuple[str, ...] = QUESTIONS
     n_questions: int = 100
 
-    def variants(self, percents: tuple[int, ...] = PERCENTS, ways: tuple[str, ...] = ()) -> list[str]:
+    def variants(self, percents: tuple[int, ...] = (), ways: tuple[str, ...] = ()) -> list[str]:
         """In the order they are measured: by way and share; unless ways are named, the whole model and the pruned
-        quantized further, and `others`, too."""
+        quantized further; unless shares are, `others`."""
         names = [
             _variant(way + repair, percent, self.type)
             for way in ways or self.ways
-            for percent in percents
+            for percent in percents or PERCENTS
             for repair in REPAIRED
         ]
         if ways:
             return names
         for plan in self.crossed:
-            names += [plan, *_repaired(self.pruned, percents, plan)]
-        return [*names, *self.others]
+            names += [plan, *_repaired(self.pruned, percents or PERCENTS, plan)]
+        return names if percents else [*names, *self.others]
 
     def timed_variants(self, percents: tuple[int, ...] = PERCENTS) -> list[str]:
         return _repaired(self.timed, percents, self.type)

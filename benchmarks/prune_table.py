@@ -8,9 +8,8 @@ tasks, then the decode speed of some against the whole model, and writes benchma
 table. Exit code 1 if at some share no repaired file of ours of at most llama-quantize's bytes has a lower perplexity,
 or decoding gains less than 0.9 of the share of weights removed.
 
-A day or more on two slow cores, and with --discard some 65 GB under models/artifacts/.stages, where every pruned model
-stays in 16 bits; --percent, --pruner, --ours and `--choices none` take parts of it. It may be stopped at any time: what
-was measured is not measured again.
+A day or more on two slow cores; --percent, --pruner, --ours and `--choices none` take parts of it. It may be stopped at
+any time: what was measured is neither built nor measured again. --discard keeps on disk what is still to be used.
 """
 
 from __future__ import annotations
@@ -36,14 +35,14 @@ from prune_subjects import NO_QUESTIONS, PERCENTS, QUESTIONS, SUBJECTS, Subject
 from device.records import SlimpiError, encode, read_record, write_atomic
 from device.schema import Choices, Job, Provenance, Throughput, describe_file
 from pipeline import checkpoint
-from pipeline.build import build
+from pipeline.build import build, id_of
 from pipeline.deploy import run_job
 from pipeline.exporter import Context
 from pipeline.exporter_gguf import lossless
 from pipeline.jobs import describe_questions
 from pipeline.progress import Progressor
 from pipeline.prune import PruneSpec
-from pipeline.pruning import chosen
+from pipeline.pruning import chosen, pruned_name
 from pipeline.recipes import read_recipe
 from pipeline.recordings import sample_ticker
 from pipeline.store import Places, build_lock, digest, load_artifact, places, whole_folder, write_manifest
@@ -68,7 +67,7 @@ def candidates(subject: Subject, options: argparse.Namespace) -> list[str]:
     if options.ours:
         return list(options.ours)
     ways = tuple(name.lower() for name in options.pruner)
-    return list(dict.fromkeys(subject.variants(tuple(options.percent or PERCENTS), ways)))
+    return list(dict.fromkeys(subject.variants(tuple(options.percent or ()), ways)))
 
 
 def peer_files(bench: bench_quality.Bench, percent: int, kind: str, options: argparse.Namespace) -> dict[str, Path]:
@@ -120,7 +119,7 @@ def row_of(
     artifact = load_artifact(folder)
     (entry,) = (f for f in artifact.files if f.path == artifact.entry)
     if known and known.file_sha256 == entry.sha256:
-        return known
+        return msgspec.structs.replace(known, artifact_id=artifact.id if maker == "slimpi" else "")
     (recording,) = bench.recordings
     model = checkpoint.load(folder / artifact.entry)
     n_weights = sum(_n(t.shape) for t in model.tensors.values())
@@ -129,6 +128,7 @@ def row_of(
         model=bench.recipe.name,
         variant=variant,
         maker=maker,
+        artifact_id=artifact.id if maker == "slimpi" else "",
         file_sha256=entry.sha256,
         size_bytes=entry.size_bytes,
         n_weights=n_weights,
@@ -171,13 +171,18 @@ def accuracy_of(bench: bench_quality.Bench, folder: Path, name: str, limit: int)
 
 def _asked(bench: bench_quality.Bench, folder: Path, row: PruneRow, subject: Subject) -> PruneRow:
     """The row with the answers to the sets that it lacks, or has of another number of questions."""
-    limit = subject.n_questions
-    known = {a.questions: a for a in row.accuracy if not limit or len(a.correct) == limit}
-    missing = [name for name in subject.questions if name not in known]
+    missing = _unasked(row, subject)
     if not missing:
         return row
-    found = {**known, **{name: accuracy_of(bench, folder, name, limit) for name in missing}}
-    return msgspec.structs.replace(row, accuracy=list(found.values()))
+    asked = {name: accuracy_of(bench, folder, name, subject.n_questions) for name in missing}
+    kept = {answers.questions: answers for answers in row.accuracy}
+    return msgspec.structs.replace(row, accuracy=list({**kept, **asked}.values()))
+
+
+def _unasked(row: PruneRow, subject: Subject) -> list[str]:
+    limit = subject.n_questions
+    known = {a.questions for a in row.accuracy if not limit or len(a.correct) == limit}
+    return [name for name in subject.questions if name not in known]
 
 
 def _n(shape: tuple[int, ...]) -> int:
@@ -233,14 +238,20 @@ def run(options: argparse.Namespace, where: Places, out: Path) -> Pruning:
 def _measured(
     found: Pruning, out: Path, bench: bench_quality.Bench, subject: Subject, options: argparse.Namespace
 ) -> Pruning:
-    """With the rows of a model. A variant that fails is told and left out."""
+    """With the rows of a model. A variant that fails is told and left out; one whose row is complete is not built."""
     for percent in () if options.ours else options.percent or PERCENTS:
         for variant, folder in peer_files(bench, percent, subject.type, options).items():
             found = _add(found, out, bench, variant, folder, "llama-quantize", subject)
-    variants = candidates(subject, options)
-    choose_together(bench, variants)
     reference, n_cores = bench.recipe.reference, os.cpu_count() or 1
-    for variant in [reference, *variants]:
+    missing = []
+    for variant in [reference, *candidates(subject, options)]:
+        known = _row(found, bench, variant)
+        if known is None or known.artifact_id != _folder(bench, variant).name or _unasked(known, subject):
+            missing.append(variant)
+        else:
+            bench.progress.say(prune_rows.line(known))
+    choose_together(bench, missing)
+    for position, variant in enumerate(missing):
         try:
             folder = build(bench.recipe, bench.where, bench.progress, n_cores, [reference, variant])[-1]
             found = _add(found, out, bench, variant, folder, "slimpi", subject)
@@ -248,25 +259,55 @@ def _measured(
             bench.progress.say(f"  {bench.recipe.name} {variant} FAILED: {error}")
             continue
         if options.discard and variant != reference:
-            shutil.rmtree(folder)
+            _discard(bench, variant, [*missing[position + 1 :], *_to_time(found, bench, subject, options)])
     return found
+
+
+def _row(found: Pruning, bench: bench_quality.Bench, variant: str) -> PruneRow | None:
+    return next((r for r in found.rows if (r.model, r.variant) == (bench.recipe.name, variant)), None)
+
+
+def _folder(bench: bench_quality.Bench, variant: str) -> Path:
+    """Where the variant's artifact is once it is built."""
+    return bench.where.artifacts / id_of(bench.recipe, variant, bench.source.sha256, bench.where)
+
+
+def _discard(bench: bench_quality.Bench, variant: str, coming: Sequence[str]) -> None:
+    """Remove an artifact, and the pruned model it was made of, with what was learned of that, unless one that is coming
+    needs them. What was chosen stays: it is small and took longest."""
+    if variant in coming:
+        return
+    shutil.rmtree(_folder(bench, variant))
+    spec = parse_variant(variant).prune
+    if spec and not any(other.startswith(f"{spec.name}-") for other in coming):
+        for stage in bench.where.stages.glob(f"{pruned_name(bench.recipe, spec)}-*"):
+            shutil.rmtree(stage)
+
+
+def _to_time(found: Pruning, bench: bench_quality.Bench, subject: Subject, options: argparse.Namespace) -> list[str]:
+    """Whose decoding is still to be timed: what options ask for; in a whole run the subject's that were not."""
+    if options.ours or options.pruner or options.speed:
+        return list(options.speed)
+    timed = subject.timed_variants(tuple(options.percent or PERCENTS))
+    return [variant for variant in timed if not ((row := _row(found, bench, variant)) and row.speed)]
 
 
 def _timed(
     found: Pruning, out: Path, bench: bench_quality.Bench, subject: Subject, options: argparse.Namespace
 ) -> Pruning:
     """With the speeds asked for, taken anew; in a whole run with those of the subject that are not there yet."""
-    whole_run = not (options.ours or options.pruner or options.speed)
-    percents = tuple(options.percent or PERCENTS)
-    for variant in subject.timed_variants(percents) if whole_run else options.speed:
-        row = next((r for r in found.rows if (r.model, r.variant) == (bench.recipe.name, variant)), None)
-        if row is None and not whole_run:
+    missing = _to_time(found, bench, subject, options)
+    for position, variant in enumerate(missing):
+        row = _row(found, bench, variant)
+        if row is None and options.speed:
             raise SlimpiError(f"--speed {variant}: no such row. Measure it first (--ours {variant}).")
-        if row is None or (row.speed and whole_run):
+        if row is None:
             continue
         timed = msgspec.structs.replace(row, speed=speed_of(bench, variant, options))
         found = msgspec.structs.replace(found, rows=prune_rows.merged(found.rows, timed))
         write_atomic(out, encode(found))
+        if options.discard:
+            _discard(bench, variant, missing[position + 1 :])
     return found
 
 
@@ -279,7 +320,7 @@ def _add(
     maker: prune_rows.Maker,
     subject: Subject,
 ) -> Pruning:
-    known = next((r for r in found.rows if (r.model, r.variant) == (bench.recipe.name, variant)), None)
+    known = _row(found, bench, variant)
     row = _asked(bench, folder, row_of(bench, variant, folder, maker, known), subject)
     if row != known:
         found = msgspec.structs.replace(found, rows=prune_rows.merged(found.rows, row))
@@ -310,7 +351,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--chunks", type=at_least(0), help="chunks to score, 0 = all; default: prune_subjects.py's")
     add("--pairs", type=at_least(1), default=8, help="timed pairs of runs (default %(default)s)")
     add("--threads", type=at_least(1), default=1, help="inference threads (default %(default)s)")
-    add("--discard", action="store_true", help="remove each pruned artifact once it is measured")
+    add("--discard", action="store_true", help="remove artifacts and pruned models once nothing needs them")
     add("--peers-dir", type=Path, default=Path(__file__).parent / "peers", help="where the tools are, or are built")
     output_options(parser, "prune.json")
     return parser

@@ -43,7 +43,7 @@ def build(
         source = sources.fetch(recipe.source, recipe.sha256, places.sources)
         for note in source.notes:
             progress.say(f"  {recipe.name}: {note}")
-        ids = {variant: _id(recipe, variant, source.sha256, places) for variant in variants}
+        ids = {variant: id_of(recipe, variant, source.sha256, places) for variant in variants}
         missing = [v for v in variants if not _intact(places.artifacts / ids[v], progress)]
         for variant in variants:
             if variant not in missing:
@@ -73,8 +73,9 @@ def chosen_variants(recipe: Recipe, exporter: Exporter, only: list[str] | None) 
     return [recipe.reference, *(v for v in only if v != recipe.reference)]
 
 
-def _id(recipe: Recipe, variant: str, source_sha256: str, places: Places) -> str:
-    """Input, the parts of the recipe that reach the file, and code version (through artifact_id)."""
+def id_of(recipe: Recipe, variant: str, source_sha256: str, places: Places) -> str:
+    """The artifact's id, which its folder is named by: of input, the parts of the recipe that reach the file, and code
+    version (through artifact_id). Nothing is built."""
     parts = as_dict(recipe)
     for key in ("variants", "bench", "note"):
         parts.pop(key)

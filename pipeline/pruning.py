@@ -19,6 +19,7 @@ from pipeline.progress import Tick
 from pipeline.prune import PruneSpec, Subject, choose, finish
 from pipeline.prune.choice import load_pruned, save_pruned
 from pipeline.prune.widths import Pruned
+from pipeline.recipes import Recipe
 from pipeline.store import digest, stage
 
 _MEASURED_CTX = 256
@@ -54,7 +55,7 @@ def pruned_base(context: Context, prepared: Prepared, spec: PruneSpec) -> tuple[
         return context, prepared, [Step(action="prune", source="base.gguf", settings={"percent": 0, "kld": 0.0})]
     recipe, settings = context.recipe, _settings(context)
     key = _key(context, settings)
-    name = f"{recipe.name}-{spec.name.lower().replace('+', '_')}"
+    name = pruned_name(recipe, spec)
 
     def make(folder: Path) -> None:
         (choice,) = chosen(context, prepared.base, [spec])
@@ -71,6 +72,11 @@ def pruned_base(context: Context, prepared: Prepared, spec: PruneSpec) -> tuple[
     steps = [Step(action="prune", source="base.gguf", settings={**facts, **settings, "text": recipe.calibration.text})]
     named = msgspec.structs.replace(recipe, name=name)
     return replace(context, recipe=named, source=source), replace(prepared, base=base), steps
+
+
+def pruned_name(recipe: Recipe, spec: PruneSpec) -> str:
+    """What the pruned model is called: the stage that holds it begins with it, and all stages made of it do."""
+    return f"{recipe.name}-{spec.name.lower().replace('+', '_')}"
 
 
 def _text(context: Context) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import bench_quality
 import llama_tools
@@ -94,6 +95,8 @@ def test_options_take_a_part_of_a_whole_run() -> None:
     assert names == ["HIDDEN-5-F16", "HIDDEN+REPAIR-5-F16"]
     assert (subject.questions, subject.n_questions, subject.n_chunks) == ((), 0, 6)
     assert of("--choices", "boolq")[1].questions == ("boolq",)
+    names, subject = of("--percent", "20")
+    assert {parse_variant(name).prune.percent for name in names if parse_variant(name).prune} == {20}  # type: ignore[union-attr]
 
 
 def test_the_best_repaired_file_of_their_bytes_is_compared_with_their_best() -> None:
@@ -249,8 +252,18 @@ def test_a_whole_run_and_what_is_not_measured_again(
     assert code == (0 if all(v.ok for v in found.verdicts) else 1)
     left = [load_artifact(p).variant for p in sorted((tmp_path / "models" / "artifacts").glob("tiny-*"))]
     assert left == ["BF16"]  # --discard
+    stages = tmp_path / "models" / "artifacts" / ".stages"
+    assert not list(stages.glob("tiny-layers*")) and list(stages.glob("tiny-choice-*")), "pruned models, not choices"
     for name in ("speed_of", "accuracy_of"):
         monkeypatch.setattr(prune_table, name, None)  # called again, it would fail
     monkeypatch.setattr(bench_quality, "measure", None)
+    built: list[str] = []
+
+    def build_noted(*args: Any) -> list[Path]:
+        built.extend(args[4])
+        return build(*args)
+
+    monkeypatch.setattr(prune_table, "build", build_noted)
     assert prune_table.main(argv) == code
     assert read_record(out, Pruning).rows == found.rows
+    assert built == ["BF16"], "for llama-quantize's files"
