@@ -534,19 +534,21 @@ def test_a_choice_is_read_back_as_written(subjects: Callable[[str], Subject], tm
         assert all(torch.equal(read.new[name], value) for name, value in whole.new.items())
 
 
-def test_several_shares_are_chosen_from_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("pruner", ["widths_fisher", "width_taylor", "widths_taylor"])
+def test_several_shares_are_chosen_from_the_same(pruner: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In any order as if each were alone, and the evidence is made once; of shares that are there it is not made."""
     save_tiny("llama-tied", tmp_path / "hf")
     recipe, progress = tiny_recipe(tmp_path / "hf", ["BF16"]), Progressor(plain=True)
     made: list[int] = []
-    predicted = allocate.predicted
+    predicted, taylor = allocate.predicted, SCORES["taylor"]
     monkeypatch.setattr(allocate, "predicted", lambda *args: made.append(1) or predicted(*args))
+    monkeypatch.setitem(SCORES, "taylor", lambda *args: made.append(1) or taylor(*args))
 
     def context(home: str) -> Context:
         where = Places(tmp_path / home)
         return Context(recipe, sources.fetch(recipe.source, "", where.sources), where, 1, progress)
 
-    specs = [PruneSpec("widths_fisher", "repair", percent) for percent in (40, 20)]
+    specs = [PruneSpec(pruner, "repair", percent) for percent in (40, 20)]
     together = context("together")
     found = chosen(together, lossless(together)[0], specs)
     again = chosen(together, lossless(together)[0], specs[::-1])[::-1]

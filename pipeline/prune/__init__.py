@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -20,7 +20,7 @@ from pipeline.checkpoint import Checkpoint
 from pipeline.progress import Tick, quiet
 from pipeline.prune import allocate, bias, depth, distill, hidden, moments, repair, sparse, widths
 from pipeline.prune.cut import Cut, apply, describe, dims_of
-from pipeline.prune.scores import SCORES, Evidence
+from pipeline.prune.scores import SCORES, Evidence, Scores
 from pipeline.prune.stream import Judge, Stream
 from pipeline.prune.widths import Pruned
 from pipeline.torch_model import in_transformers
@@ -43,6 +43,7 @@ class Subject:
     taught: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     distill_steps: int = 0
     scratch: Path | None = None
+    _scores: dict[str, Scores] = field(default_factory=dict, init=False)
 
     @cached_property
     def judge(self) -> Judge:
@@ -52,6 +53,12 @@ class Subject:
     def evidence(self) -> Evidence:
         stream = Stream(self.checkpoint, self.fitted, self.device)
         return Evidence(stream, moments.collect(stream, self.tick, self.scratch), self.scratch)
+
+    def scores(self, name: str) -> Scores:
+        """One of SCORES: the same for uniform and uneven widths, and for every share."""
+        if name not in self._scores:
+            self._scores[name] = SCORES[name](self.evidence, self.tick)
+        return self._scores[name]
 
     @cached_property
     def measured_widths(self) -> allocate.Operated:
@@ -69,8 +76,12 @@ def _cut(choose: Callable[[Judge, float, Tick], Cut]) -> Pruner:
     return lambda subject, share: Pruned(choose(subject.judge, share, subject.tick))
 
 
-def _width(choose: Callable[..., Pruned]) -> Pruner:
-    return lambda subject, share: choose(subject.judge, subject.evidence, share, subject.tick)
+def _uniform(score: str) -> Pruner:
+    return lambda subject, share: widths.by_score(subject.scores(score), subject.judge, share, subject.tick)
+
+
+def _uneven(score: str) -> Pruner:
+    return lambda subject, share: widths.uneven_by_score(subject.scores(score), dims_of(subject.checkpoint), share)
 
 
 def _sparse(sparsify: sparse.Sparsify, kept_of: int = 0) -> Pruner:
@@ -92,10 +103,10 @@ PRUNERS: Mapping[str, Pruner] = MappingProxyType(
         # Attention parts and MLPs one by one, by measured divergence a weight.
         "blocks": _cut(depth.blocks),
         # Channels and key-value groups: the same number in each layer, or each layer its own, by others' scores.
-        **{f"width_{name}": _width(partial(widths.by_score, name)) for name in SCORES},
-        **{f"widths_{name}": _width(partial(widths.uneven_by_score, name)) for name in SCORES},
+        **{f"width_{name}": _uniform(name) for name in SCORES},
+        **{f"widths_{name}": _uneven(name) for name in SCORES},
         # By the optimal brain surgeon; uneven by measured divergence, or predicted from the output's curvature.
-        "width": _width(widths.uniform_surgery),
+        "width": lambda subject, share: widths.uniform_surgery(subject.judge, subject.evidence, share, subject.tick),
         "widths": lambda subject, share: allocate.within(subject.measured_widths, share),
         "widths_fisher": lambda subject, share: allocate.within(subject.predicted_widths, share),
         # Narrower hidden states.

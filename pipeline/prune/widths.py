@@ -10,7 +10,7 @@ import torch
 from device.records import SlimpiError
 from pipeline.progress import Tick, quiet
 from pipeline.prune.cut import ATTENTION, MLP, Cut, Dims, LayerCut, indices_of, rounded
-from pipeline.prune.scores import SCORES, Evidence, Scores
+from pipeline.prune.scores import Evidence, Scores
 from pipeline.prune.stream import Judge
 from pipeline.prune.surgery import Surgery, operate
 
@@ -28,9 +28,8 @@ def top(scores: torch.Tensor, count: int) -> tuple[int, ...]:
     return tuple(sorted(torch.topk(scores, count).indices.tolist()))
 
 
-def by_score(name: str, judge: Judge, evidence: Evidence, share: float, tick: Tick = quiet) -> Pruned:
+def by_score(scores: Scores, judge: Judge, share: float, tick: Tick = quiet) -> Pruned:
     """Uniform widths: of every number of groups with the channels that reach the share, what diverges least."""
-    scores = SCORES[name](evidence, tick)
 
     def cut_to(groups: int, channels: int) -> Pruned:
         return Pruned(Cut(tuple(LayerCut(top(g, groups), top(c, channels)) for g, c in scores)))
@@ -67,10 +66,8 @@ def uniform_widths(dims: Dims, share: float) -> list[tuple[int, int]]:
     return found
 
 
-def uneven_by_score(name: str, judge: Judge, evidence: Evidence, share: float, tick: Tick = quiet) -> Pruned:
+def uneven_by_score(scores: Scores, dims: Dims, share: float) -> Pruned:
     """Uneven widths from one threshold for all layers' scores, standardized within each layer (FLAP, section 3.3)."""
-    dims = judge.stream.dims
-    scores = SCORES[name](evidence, tick)
     units = []
     for index, (groups, channels) in enumerate(scores):
         units += [(value, dims.group_weights, index, 0) for value in _standard(groups)]
