@@ -118,8 +118,9 @@ def row_of(
     """The file's row: `known` where it is the same file, else measured."""
     artifact = load_artifact(folder)
     (entry,) = (f for f in artifact.files if f.path == artifact.entry)
+    built_as = artifact.id if maker == "slimpi" else ""
     if known and known.file_sha256 == entry.sha256:
-        return msgspec.structs.replace(known, artifact_id=artifact.id if maker == "slimpi" else "")
+        return msgspec.structs.replace(known, artifact_id=built_as)
     (recording,) = bench.recordings
     model = checkpoint.load(folder / artifact.entry)
     n_weights = sum(_n(t.shape) for t in model.tensors.values())
@@ -128,7 +129,7 @@ def row_of(
         model=bench.recipe.name,
         variant=variant,
         maker=maker,
-        artifact_id=artifact.id if maker == "slimpi" else "",
+        artifact_id=built_as,
         file_sha256=entry.sha256,
         size_bytes=entry.size_bytes,
         n_weights=n_weights,
