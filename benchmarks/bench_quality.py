@@ -113,7 +113,7 @@ def row_of(bench: Bench, variant: str, maker: Maker, known: QualityRow | None) -
     same = known if known and known.file_sha256 == entry.sha256 else None
     scores = []
     for recording in bench.recordings:
-        done = same and next((s for s in same.scores if _fits(s, recording)), None)
+        done = same and next((s for s in same.scores if fits(s, recording)), None)
         scores.append(done or measure(bench, folder, recording))
     row = QualityRow(
         model=bench.recipe.name,
@@ -140,13 +140,13 @@ def _peer_key(bench: Bench, variant: str) -> str:
     return digest([bench.source.sha256, calibration, variant, llama_tools.version(llama_tools.PACKAGE)])
 
 
-def _fits(score: Score, recording: Recording) -> bool:
+def fits(score: Score, recording: Recording) -> bool:
     """Whether it was measured against what the recording holds; see `quality_rows.check_alike`."""
     return score.measured_against == (recording.text.file.sha256, recording.n_ctx, recording.nll)
 
 
 def _missing(bench: Bench, scores: Sequence[Score]) -> list[Recording]:
-    return [r for r in bench.recordings if not any(_fits(s, r) for s in scores)]
+    return [r for r in bench.recordings if not any(fits(s, r) for s in scores)]
 
 
 def _of_other_texts(bench: Bench, known: QualityRow | None) -> list[Score]:

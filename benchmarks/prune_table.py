@@ -97,31 +97,34 @@ def peer_files(bench: bench_quality.Bench, percent: int, kind: str, options: arg
     return found
 
 
-def choose_together(bench: bench_quality.Bench, variants: Sequence[str]) -> None:
-    """What goes at each share, pruner by pruner: several shares are chosen from one evidence. What fails here fails
-    again, and is told, where the variant is built."""
+def choose_together(bench: bench_quality.Bench, pruner: str, variants: Sequence[str]) -> None:
+    """What goes by a pruner at each of the variants' shares, from one evidence. What fails here fails again, and is
+    told, where the variant is built."""
     context = Context(bench.recipe, bench.source, bench.where, os.cpu_count() or 1, bench.progress)
-    by_pruner: dict[str, dict[float, PruneSpec]] = {}
-    for variant in variants:
-        with contextlib.suppress(SlimpiError):
-            spec = parse_variant(variant).prune
-            if spec and spec.percent:
-                by_pruner.setdefault(spec.pruner, {})[spec.percent] = spec
-    for specs in by_pruner.values():
-        with contextlib.suppress(SlimpiError), build_lock(bench.where.artifacts):
-            chosen(context, lossless(context)[0], list(specs.values()))
+    specs = {spec.percent: spec for v in variants if (spec := _spec(v)) and spec.pruner == pruner and spec.percent}
+    with contextlib.suppress(SlimpiError), build_lock(bench.where.artifacts):
+        chosen(context, lossless(context)[0], list(specs.values()))
+
+
+def _spec(variant: str) -> PruneSpec | None:
+    """None of what is not pruned, and of what is no variant, which is told where it is built."""
+    with contextlib.suppress(SlimpiError):
+        return parse_variant(variant).prune
+    return None
 
 
 def row_of(
     bench: bench_quality.Bench, variant: str, folder: Path, maker: prune_rows.Maker, known: PruneRow | None
 ) -> PruneRow:
-    """The file's row: `known` where it is the same file, else measured."""
+    """The file's row: `known` where it is the same file and was measured on this recording, else measured. Answers and
+    speeds are a file's own."""
     artifact = load_artifact(folder)
     (entry,) = (f for f in artifact.files if f.path == artifact.entry)
     built_as = artifact.id if maker == "slimpi" else ""
-    if known and known.file_sha256 == entry.sha256:
-        return msgspec.structs.replace(known, artifact_id=built_as)
     (recording,) = bench.recordings
+    same = known if known and known.file_sha256 == entry.sha256 else None
+    if same and bench_quality.fits(same.score, recording):
+        return msgspec.structs.replace(same, artifact_id=built_as)
     model = checkpoint.load(folder / artifact.entry)
     n_weights = sum(_n(t.shape) for t in model.tensors.values())
     n_linear = sum(_n(t.shape) for n, t in model.tensors.items() if n.startswith("model.layers.") and len(t.shape) == 2)
@@ -136,8 +139,8 @@ def row_of(
         n_linear_weights=n_linear,
         score=bench_quality.measure(bench, folder, recording),
         notes=[note for note in artifact.notes if note.startswith("pruned:")],
-        speed=[],
-        accuracy=[],
+        speed=same.speed if same else [],
+        accuracy=same.accuracy if same else [],
     )
 
 
@@ -239,20 +242,25 @@ def run(options: argparse.Namespace, where: Places, out: Path) -> Pruning:
 def _measured(
     found: Pruning, out: Path, bench: bench_quality.Bench, subject: Subject, options: argparse.Namespace
 ) -> Pruning:
-    """With the rows of a model. A variant that fails is told and left out; one whose row is complete is not built."""
+    """With the rows of a model. A variant that fails is told and left out; one whose row is complete is not built.
+    A pruner chooses for all its shares when the first of its variants comes."""
     for percent in () if options.ours else options.percent or PERCENTS:
         for variant, folder in peer_files(bench, percent, subject.type, options).items():
             found = _add(found, out, bench, variant, folder, "llama-quantize", subject)
     reference, n_cores = bench.recipe.reference, os.cpu_count() or 1
-    missing = []
-    for variant in [reference, *candidates(subject, options)]:
-        known = _row(found, bench, variant)
-        if known is None or known.artifact_id != _folder(bench, variant).name or _unasked(known, subject):
-            missing.append(variant)
-        else:
-            bench.progress.say(prune_rows.line(known))
-    choose_together(bench, missing)
+    wanted = [reference, *candidates(subject, options)]
+    missing = [variant for variant in wanted if not _complete(found, bench, variant, subject)]
+    to_time = _to_time(found, bench, subject, options)
+    for row in (r for v in wanted if v not in missing and (r := _row(found, bench, v))):
+        bench.progress.say(prune_rows.line(row))
+        if options.discard and row.variant != reference:  # it is there if a run was killed before it went
+            _discard(bench, row.variant, [*missing, *to_time])
+    chosen_by = set()
     for position, variant in enumerate(missing):
+        spec = _spec(variant)
+        if spec and spec.pruner not in chosen_by:
+            chosen_by.add(spec.pruner)
+            choose_together(bench, spec.pruner, missing[position:])
         try:
             folder = build(bench.recipe, bench.where, bench.progress, n_cores, [reference, variant])[-1]
             found = _add(found, out, bench, variant, folder, "slimpi", subject)
@@ -262,6 +270,14 @@ def _measured(
         if options.discard and variant != reference:
             _discard(bench, variant, [*missing[position + 1 :], *_to_time(found, bench, subject, options)])
     return found
+
+
+def _complete(found: Pruning, bench: bench_quality.Bench, variant: str, subject: Subject) -> bool:
+    """Whether its row is of what would be built now, on this run's recording, with all answers."""
+    row = _row(found, bench, variant)
+    if row is None or _unasked(row, subject) or not bench_quality.fits(row.score, bench.recordings[0]):
+        return False
+    return row.artifact_id == _folder(bench, variant).name
 
 
 def _row(found: Pruning, bench: bench_quality.Bench, variant: str) -> PruneRow | None:
@@ -278,7 +294,8 @@ def _discard(bench: bench_quality.Bench, variant: str, coming: Sequence[str]) ->
     needs them. What was chosen stays: it is small and took longest."""
     if variant in coming:
         return
-    shutil.rmtree(_folder(bench, variant))
+    if (folder := _folder(bench, variant)).exists():
+        shutil.rmtree(folder)
     spec = parse_variant(variant).prune
     if spec and not any(other.startswith(f"{spec.name}-") for other in coming):
         for stage in bench.where.stages.glob(f"{pruned_name(bench.recipe, spec)}-*"):

@@ -22,6 +22,8 @@ from pipeline import sources
 from pipeline.build import build
 from pipeline.jobs import describe_dataset
 from pipeline.progress import Progressor
+from pipeline.recipes import read_recipe
+from pipeline.recordings import Recording
 from pipeline.store import Places, load_artifact
 from pipeline.variants import parse_variant
 
@@ -229,7 +231,15 @@ def test_a_whole_run_and_what_is_not_measured_again(
     monkeypatch.setattr(llama_tools, "run_tool", run)
     pair = SpeedPair(whole_tps=10.0, pruned_tps=30.0)
     monkeypatch.setattr(prune_table, "speed_of", lambda *_: [pair])
-    monkeypatch.setattr(bench_quality, "measure", lambda *_: row("", [3.0, 3.1]).score)
+    measured: list[int] = []
+
+    def measure(bench: Any, folder: Path, recording: Recording) -> Score:
+        measured.append(recording.n_chunks)
+        against = {"corpus_sha256": recording.text.file.sha256, "n_ctx": recording.n_ctx}
+        nll = [3.0] * recording.n_chunks
+        return msgspec.structs.replace(row("", nll).score, **against, reference_nll_chunks=recording.nll)
+
+    monkeypatch.setattr(bench_quality, "measure", measure)
     out = tmp_path / "prune.json"
     argv = [str(tmp_path / "tiny.toml"), "--percent", "50", "--text", "demo:prose_test.txt", "--n-ctx", "64"]
     argv += ["--chunks", "3", "--choices", f"path:{questions}", "--limit", "2", "--out", str(out), "--discard"]
@@ -250,13 +260,14 @@ def test_a_whole_run_and_what_is_not_measured_again(
     assert [r.variant for r in found.rows if r.speed] == ["LAYERS_INFLUENCE+REPAIR-50-BF16"]
     assert {v.what for v in found.verdicts} == {"quality", "speed"}
     assert code == (0 if all(v.ok for v in found.verdicts) else 1)
-    left = [load_artifact(p).variant for p in sorted((tmp_path / "models" / "artifacts").glob("tiny-*"))]
-    assert left == ["BF16"]  # --discard
+    assert variants_on_disk(tmp_path) == ["BF16"]  # --discard
     stages = tmp_path / "models" / "artifacts" / ".stages"
     assert not list(stages.glob("tiny-layers*")) and list(stages.glob("tiny-choice-*")), "pruned models, not choices"
     for name in ("speed_of", "accuracy_of"):
         monkeypatch.setattr(prune_table, name, None)  # called again, it would fail
-    monkeypatch.setattr(bench_quality, "measure", None)
+    assert measured == [3] * 7
+    killed = ["LAYERS_INFLUENCE+REPAIR-50-BF16"]  # before it discarded that
+    build(read_recipe(tmp_path / "tiny.toml"), Places(tmp_path), Progressor(plain=True), 1, killed)
     built: list[str] = []
 
     def build_noted(*args: Any) -> list[Path]:
@@ -267,3 +278,14 @@ def test_a_whole_run_and_what_is_not_measured_again(
     assert prune_table.main(argv) == code
     assert read_record(out, Pruning).rows == found.rows
     assert built == ["BF16"], "for llama-quantize's files"
+    assert len(measured) == 7
+    assert variants_on_disk(tmp_path) == ["BF16"]
+    prune_table.main([*argv, "--chunks", "2"])
+    assert measured[7:] == [2] * 7, "of another number of chunks no row is known"
+    again = read_record(out, Pruning).rows
+    assert [len(r.score.nll_chunks) for r in again] == [2] * 7
+    assert [(r.speed, r.accuracy) for r in again] == [(r.speed, r.accuracy) for r in found.rows]
+
+
+def variants_on_disk(home: Path) -> list[str]:
+    return [load_artifact(p).variant for p in sorted((home / "models" / "artifacts").glob("tiny-*"))]
