@@ -208,10 +208,10 @@ def test_llama_quantize_drops_the_layers_that_our_pruners_choose(
         assert [index for index, groups in enumerate(step.settings["kv_groups"]) if not groups] == gone
 
 
-def test_a_whole_run_and_what_is_not_measured_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Theirs at every share, ours at every share, the whole model in what ours are in, and speeds; then nothing."""
+@pytest.fixture
+def whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], list[int]]:
+    """Arguments of a run of a tiny model in which llama-quantize drops nothing and all files score and are timed alike;
+    and the chunks of each recording that was measured on."""
     save_tiny("llama", tmp_path / "hf")
     (tmp_path / "tiny.toml").write_text(
         f'name = "tiny"\nsource = "path:{tmp_path / "hf"}"\nexport = "gguf"\nvariants = ["BF16"]\n'
@@ -228,9 +228,6 @@ def test_a_whole_run_and_what_is_not_measured_again(
     def run(argv: list[str]) -> object:
         return shutil.copyfile(argv[-3], argv[-2]) if argv[0].endswith("llama-quantize") else run_tool(argv)
 
-    monkeypatch.setattr(llama_tools, "run_tool", run)
-    pair = SpeedPair(whole_tps=10.0, pruned_tps=30.0)
-    monkeypatch.setattr(prune_table, "speed_of", lambda *_: [pair])
     measured: list[int] = []
 
     def measure(bench: Any, folder: Path, recording: Recording) -> Score:
@@ -239,10 +236,23 @@ def test_a_whole_run_and_what_is_not_measured_again(
         nll = [3.0] * recording.n_chunks
         return msgspec.structs.replace(row("", nll).score, **against, reference_nll_chunks=recording.nll)
 
+    monkeypatch.setattr(llama_tools, "run_tool", run)
+    monkeypatch.setattr(prune_table, "speed_of", lambda *_: [SpeedPair(whole_tps=10.0, pruned_tps=30.0)])
     monkeypatch.setattr(bench_quality, "measure", measure)
-    out = tmp_path / "prune.json"
     argv = [str(tmp_path / "tiny.toml"), "--percent", "50", "--text", "demo:prose_test.txt", "--n-ctx", "64"]
-    argv += ["--chunks", "3", "--choices", f"path:{questions}", "--limit", "2", "--out", str(out), "--discard"]
+    argv += ["--choices", f"path:{questions}", "--limit", "2", "--out", str(tmp_path / "prune.json"), "--discard"]
+    return [*argv, "--chunks", "3"], measured
+
+
+def test_a_whole_run_and_what_is_not_measured_again(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    whole_run: tuple[list[str], list[int]],
+) -> None:
+    """Theirs at every share, ours at every share, the whole model in what ours are in, and speeds; then nothing."""
+    argv, measured = whole_run
+    out = tmp_path / "prune.json"
     code = prune_table.main(argv)
     said = capsys.readouterr()
     assert out.is_file(), said.err
