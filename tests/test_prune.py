@@ -303,6 +303,9 @@ def test_surgery_is_greedy_and_exact(width: int) -> None:
         best, loss = reference_prune.best_columns(weight.double().numpy(), damped.numpy(), kept)
         np.testing.assert_allclose(found.matrices[count][:, kept].numpy(), best, rtol=1e-3, atol=1e-4)
         assert found.losses[count] == pytest.approx(loss, rel=1e-6)
+        error = (weight - found.matrices[count]).double().numpy()
+        expected = ((error @ hessian.double().numpy()) * error).sum(1)
+        np.testing.assert_allclose(found.row_losses[count], expected, rtol=1e-4)
     assert not found.matrices[0].any()
     assert torch.equal(found.matrices[12], weight)
 

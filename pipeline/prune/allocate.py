@@ -82,16 +82,8 @@ def predicted(evidence: Evidence, tick: Tick = quiet) -> Operated:
     felt = sensitivity.collect(stream.checkpoint, chunks, stream.device, tick=tick, model=stream.model).rows
 
     def errors(part: Part) -> dict[int, float]:
-        ends, moments = stream.ends[part.layer], evidence.moments[part.layer]
-        attention = part.name == ATTENTION
-        whole = (ends.attention if attention else ends.mlp).weight.detach().cpu()
-        hessian = moments[0 if attention else 1].hessian
-        rows = felt[f"blk.{part.layer}.{'attn_output' if attention else 'ffn_down'}.weight"]
-        found = {}
-        for count in part.counts[:-1]:
-            error = whole - part.surgery.matrices[count]
-            found[count] = sensitivity.predicted(error, hessian, rows)
-        return {**found, part.counts[-1]: 0.0}
+        rows = felt[f"blk.{part.layer}.{'attn_output' if part.name == ATTENTION else 'ffn_down'}.weight"]
+        return {count: 0.5 * float(rows.double() @ part.surgery.row_losses[count]) for count in part.counts}
 
     return _operated(evidence, errors, tick)
 
