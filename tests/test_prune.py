@@ -36,6 +36,7 @@ from pipeline.prune import (
     choose,
     depth,
     distill,
+    moments,
     parse_prune,
     prune,
     repair,
@@ -208,13 +209,26 @@ def test_repair_mends_what_it_was_not_fit_on(name: str, pruner: str, subjects: C
     assert repaired < plain
 
 
+def test_moments_are_means_over_all_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Summed by blocks of rows of the lower triangle, over inputs that come in pieces."""
+    monkeypatch.setattr(moments, "GRAM_ROWS", 8)
+    x = torch.randn(6, 5, 21, generator=torch.Generator().manual_seed(2)) + 0.5
+    sums = moments.Sums()
+    for part in x.split(4):
+        sums.add(part)
+    found, flat = sums.moments(), x.reshape(-1, 21).double().numpy()
+    np.testing.assert_allclose(found.hessian, flat.T @ flat / 30, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found.mean, flat.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(found.mean_abs, np.abs(flat).mean(0), rtol=1e-5)
+
+
 @pytest.mark.parametrize("rows", [5, 40])
 @pytest.mark.parametrize(("tokens", "columns"), [(400, 12), (64, 80), (64, 64)])
 def test_ridge_is_the_stacked_least_squares_problem(
     tokens: int, columns: int, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With more and with fewer tokens than columns, by blocks of rows, and with penalties judged in a sketch."""
-    monkeypatch.setattr(repair, "_GRAM_ROWS", 24)
+    monkeypatch.setattr(moments, "GRAM_ROWS", 24)
     monkeypatch.setattr(repair, "_SKETCH", 8)
     generator = torch.Generator().manual_seed(0)
     x, truth = torch.randn(tokens, columns, generator=generator), torch.randn(rows, columns, generator=generator)

@@ -11,6 +11,8 @@ from pipeline.progress import Tick, quiet
 from pipeline.prune.spill import spilled
 from pipeline.prune.stream import BATCH, Stream
 
+GRAM_ROWS = 1024
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -25,6 +27,14 @@ class Moments:
         return self.hessian.diagonal()
 
 
+def add_gram(gram: torch.Tensor, x: torch.Tensor) -> None:
+    """Add x^T x of x (n, columns) to the lower triangle of gram (columns, columns), block by block of rows: half of the
+    work. What is above the blocks stays."""
+    for start in range(0, len(gram), GRAM_ROWS):
+        stop = min(start + GRAM_ROWS, len(gram))
+        gram[start:stop, :stop].addmm_(x[:, start:stop].T, x[:, :stop])
+
+
 class Sums:
     """Running sums of inputs (..., columns): x x^T in float32, x and |x| in float64."""
 
@@ -37,12 +47,13 @@ class Sums:
             self.xx = torch.zeros(x.shape[1], x.shape[1], device=x.device)
             self.x, self.abs_x = (torch.zeros(x.shape[1], dtype=torch.float64, device=x.device) for _ in range(2))
         self.n += len(x)
-        self.xx.addmm_(x.T, x)
+        add_gram(self.xx, x)
         self.x += x.sum(0, dtype=torch.float64)
         self.abs_x += x.abs().sum(0, dtype=torch.float64)
 
     def moments(self, scratch: Path | None = None) -> Moments:
-        hessian = spilled(self.xx.cpu() / self.n, scratch)
+        lower = self.xx.cpu().tril() / self.n
+        hessian = spilled(lower + lower.tril(-1).T, scratch)
         return Moments(hessian, (self.x / self.n).float().cpu(), (self.abs_x / self.n).float().cpu())
 
 

@@ -21,13 +21,13 @@ from pipeline.architectures import ARCHITECTURES
 from pipeline.checkpoint import Checkpoint
 from pipeline.progress import Tick, quiet
 from pipeline.prune.cut import ATTENTION, LINEAR, MLP, Cut, Dims, LayerCut, apply, indices_of
+from pipeline.prune.moments import add_gram
 from pipeline.prune.stream import Stream
 from pipeline.prune.widths import Pruned
 
 _PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # of the mean diagonal of E[x x^T]
 _HELD_OUT = 8  # one token of so many, at the chunks' end
 _SKETCH = 256
-_GRAM_ROWS = 1024
 
 
 @dataclass
@@ -203,7 +203,7 @@ def ridge(x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor | None:
     split = tokens - tokens // _HELD_OUT
     sketch = _sketched(residual)
     by_tokens = tokens < columns
-    gram = _gram(x) if by_tokens else _gram(x[:split].T)
+    gram = _gram(x.T) if by_tokens else _gram(x[:split])
     known = sketch[:split] if by_tokens else x[:split].T @ sketch[:split]
     left, unseen = (gram[:split, :split], gram[split:, :split]) if by_tokens else (gram, x[split:])
 
@@ -216,7 +216,7 @@ def ridge(x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor | None:
         return None
     if by_tokens:
         return _solve(gram, residual, _PENALTIES[place], columns).T @ x
-    gram += _gram(x[split:].T)
+    add_gram(gram, x[split:])
     return _solve(gram, x.T @ residual, _PENALTIES[place], columns).T.contiguous()
 
 
@@ -231,12 +231,9 @@ def _sketched(residual: torch.Tensor) -> torch.Tensor:
 
 
 def _gram(x: torch.Tensor) -> torch.Tensor:
-    """The lower triangle of x x^T, block by block of rows; what is above the blocks is 0."""
-    n = len(x)
-    gram = torch.zeros(n, n, device=x.device)
-    for start in range(0, n, _GRAM_ROWS):
-        stop = min(start + _GRAM_ROWS, n)
-        torch.mm(x[start:stop], x[:stop].T, out=gram[start:stop, :stop])
+    """The lower triangle of x^T x, x (n, columns)."""
+    gram = torch.zeros(x.shape[1], x.shape[1], device=x.device)
+    add_gram(gram, x)
     return gram
 
 
