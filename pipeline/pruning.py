@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import torch
 
 from device.records import sha256_file
 from device.schema import Step
@@ -100,7 +101,7 @@ def _subject(context: Context, base: Path, tick: Tick) -> Subject:
     recipe, text = context.recipe, _text(context)
     n_ctx = recipe.calibration.n_ctx
     model = checkpoint.load(base)
-    chunks = sensitivity.cut(model, text, n_ctx, 0)
+    chunks, unseen = apart(sensitivity.cut(model, text, n_ctx, 0), recipe.prune.measured)
     return Subject(
         model,
         measured=sensitivity.cut(model, text, min(_MEASURED_CTX, n_ctx), 0)[: recipe.prune.measured],
@@ -109,8 +110,15 @@ def _subject(context: Context, base: Path, tick: Tick) -> Subject:
         tick=tick,
         taught=chunks[: 2 * recipe.prune.distill_steps],
         distill_steps=recipe.prune.distill_steps,
+        unseen=unseen,
         scratch=context.places.stages,
     )
+
+
+def apart(chunks: torch.Tensor, n_judged: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The chunks to fit on, and the last of them to judge by, an eighth at most; None of fewer than eight."""
+    n_judged = min(n_judged, len(chunks) // 8)
+    return (chunks[:-n_judged], chunks[-n_judged:]) if n_judged else (chunks, None)
 
 
 def told(facts: dict[str, Any]) -> str:

@@ -51,7 +51,7 @@ from pipeline.prune.scores import SCORES
 from pipeline.prune.stream import Judge, Stream
 from pipeline.prune.surgery import operate
 from pipeline.prune.widths import Pruned, uniform_widths
-from pipeline.pruning import chosen
+from pipeline.pruning import apart, chosen
 from pipeline.recipes import Calibration, Golden, Prune, Recipe
 from pipeline.sensitivity import cut as cut_text
 from pipeline.store import Places, load_artifact
@@ -600,7 +600,7 @@ def test_pruned_variants_are_built_run_and_named(tmp_path: Path, capsys: pytest.
     assert "prune" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("mib", "pruned"), [(0.14, True), (0.6, False)])
+@pytest.mark.parametrize(("mib", "pruned"), [(0.13, True), (0.6, False)])
 def test_share_and_bits_are_chosen_together(
     mib: float, pruned: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -792,6 +792,32 @@ def test_distillation_that_does_not_help_is_not_kept(models: Callable[[str], Che
     found, facts = distill.distill(checkpoint, checkpoint, chunks, chunks, wild, CPU)
     assert facts["kld_after"] > facts["kld_before"]
     assert found is checkpoint
+
+
+@pytest.mark.parametrize("repair", ["repair", "distill"])
+def test_results_are_judged_by_what_nothing_was_fit_on(repair: str, models: Callable[[str], Checkpoint]) -> None:
+    checkpoint = models("llama")
+    chunks, unseen = apart(cut_text(checkpoint, PROSE, 64, 24), 2)
+    assert unseen is not None
+    subject = Subject(checkpoint, chunks[:2], chunks[:8], CPU, taught=chunks[:8], distill_steps=4, unseen=unseen)
+    found, facts = prune(subject, PruneSpec("layers", repair, 50))
+    assert facts["kld"] == pytest.approx(divergence(checkpoint, found, unseen), rel=1e-4)
+    assert facts["kld_unseen"]
+    assert facts.get("kld_after", facts["kld"]) == pytest.approx(facts["kld"], rel=1e-4)
+    del subject.verdict
+    subject.unseen = None
+    fit_on, facts = prune(subject, PruneSpec("layers", repair, 50))
+    assert facts["kld"] == pytest.approx(divergence(checkpoint, fit_on, chunks[:2]), rel=1e-4)
+    assert not facts["kld_unseen"]
+
+
+@pytest.mark.parametrize(("n", "n_judged"), [(7, 0), (8, 1), (24, 3), (100, 4)])
+def test_chunks_to_judge_by_are_the_last(n: int, n_judged: int) -> None:
+    """Four are asked."""
+    chunks = torch.arange(n)[:, None]
+    fit_on, unseen = apart(chunks, 4)
+    assert (0 if unseen is None else len(unseen)) == n_judged
+    assert torch.equal(torch.cat([fit_on, *([] if unseen is None else [unseen])]), chunks)
 
 
 def test_the_rate_rises_and_falls() -> None:

@@ -32,8 +32,9 @@ AUTO = "AUTO"
 @dataclass
 class Subject:
     """A whole model, and the chunks (n, n_ctx) of text by which cuts are measured, by which moments are taken and
-    repairs fit, and which a distillation goes through. What is made of them is made once, when it is asked for; what is
-    large is put aside in the folder `scratch`, if there is one."""
+    repairs fit, which a distillation goes through, and by which the result is judged: `unseen` are none of the others,
+    None = there are none to spare. What is made of them is made once, when it is asked for; what is large is put aside
+    in the folder `scratch`, if there is one."""
 
     checkpoint: Checkpoint
     measured: torch.Tensor
@@ -42,12 +43,18 @@ class Subject:
     tick: Tick = quiet
     taught: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     distill_steps: int = 0
+    unseen: torch.Tensor | None = None
     scratch: Path | None = None
     _scores: dict[str, Scores] = field(default_factory=dict, init=False)
 
     @cached_property
     def judge(self) -> Judge:
         return Judge(Stream(self.checkpoint, self.measured, self.device))
+
+    @cached_property
+    def verdict(self) -> Judge:
+        """Of results. What was fit on some text diverges less there: of a repaired SmolLM2 half as much."""
+        return self.judge if self.unseen is None else Judge(Stream(self.checkpoint, self.unseen, self.device))
 
     @cached_property
     def evidence(self) -> Evidence:
@@ -147,8 +154,9 @@ def _distilled(subject: Subject, pruned: Pruned) -> tuple[Checkpoint, dict[str, 
     """Refit first where the family allows it."""
     start, facts = (_refit if repair.fits(subject.checkpoint) else _plain)(subject, pruned)
     schedule = distill.Schedule(subject.distill_steps)
+    judged = subject.measured if subject.unseen is None else subject.unseen
     made, more = distill.distill(
-        subject.checkpoint, start, subject.taught, subject.measured, schedule, subject.device, subject.tick
+        subject.checkpoint, start, subject.taught, judged, schedule, subject.device, subject.tick
     )
     return made, {**facts, **more}
 
@@ -222,5 +230,5 @@ def finish(subject: Subject, spec: PruneSpec, pruned: Pruned) -> tuple[Checkpoin
         zeros = sum(int((matrix == 0).sum()) for matrix in pruned.new.values())
         facts["share_of_zeros"] = round(zeros / dims.weights(dims.whole), 4)
     found, cost = REPAIRS[spec.repair](subject, pruned)
-    kld = subject.judge.divergence_of_model(in_transformers(found).to(subject.device))
-    return found, {**facts, **cost, "kld": kld}
+    kld = subject.verdict.divergence_of_model(in_transformers(found).to(subject.device))
+    return found, {**facts, **cost, "kld": kld, "kld_unseen": subject.unseen is not None}
