@@ -76,7 +76,7 @@ def measured(judge: Judge, evidence: Evidence, tick: Tick = quiet) -> Operated:
 
 def predicted(evidence: Evidence, tick: Tick = quiet) -> Operated:
     """To second order: 1/2 sum over rows of the output's Fisher information and E[(row of W - W') x]^2, from one
-    backward pass (see pipeline.sensitivity). Minutes where measuring takes an hour."""
+    backward pass (see pipeline.sensitivity). A quarter of the time that measuring takes."""
     stream = evidence.stream
     chunks = stream.chunks[:_FELT_CHUNKS]
     felt = sensitivity.collect(stream.checkpoint, chunks, stream.device, tick=tick, model=stream.model).rows
