@@ -83,7 +83,7 @@ SUBJECTS = {
             "SPARSE24_GPT-50-F16",
             "LAYERS+PATCH-20-F16",
             "LAYERS+DISTILL-20-F16",
-            "WIDTHS+DISTILL-20-F16",
+            "WIDTHS_FISHER+DISTILL-20-F16",
         ),
         timed=("layers", "widths_fisher"),
     ),
