@@ -248,10 +248,15 @@ def _measured(
         for variant, folder in peer_files(bench, percent, subject.type, options).items():
             found = _add(found, out, bench, variant, folder, "llama-quantize", subject)
     reference, n_cores = bench.recipe.reference, os.cpu_count() or 1
-    wanted = [reference, *candidates(subject, options)]
-    missing = [variant for variant in wanted if not _complete(found, bench, variant, subject)]
+    done, missing = [], []
+    for variant in [reference, *candidates(subject, options)]:
+        row = _row(found, bench, variant)
+        if row and _complete(row, bench, subject):
+            done.append(row)
+        else:
+            missing.append(variant)
     to_time = _to_time(found, bench, subject, options)
-    for row in (r for v in wanted if v not in missing and (r := _row(found, bench, v))):
+    for row in done:
         bench.progress.say(prune_rows.line(row))
         if options.discard and row.variant != reference:  # it is there if a run was killed before it went
             _discard(bench, row.variant, [*missing, *to_time])
@@ -272,12 +277,11 @@ def _measured(
     return found
 
 
-def _complete(found: Pruning, bench: bench_quality.Bench, variant: str, subject: Subject) -> bool:
-    """Whether its row is of what would be built now, on this run's recording, with all answers."""
-    row = _row(found, bench, variant)
-    if row is None or _unasked(row, subject) or not bench_quality.fits(row.score, bench.recordings[0]):
-        return False
-    return row.artifact_id == _folder(bench, variant).name
+def _complete(row: PruneRow, bench: bench_quality.Bench, subject: Subject) -> bool:
+    """Whether it is of what would be built now, on this run's recording, with all answers."""
+    (recording,) = bench.recordings
+    current = row.artifact_id == _folder(bench, row.variant).name
+    return current and bench_quality.fits(row.score, recording) and not _unasked(row, subject)
 
 
 def _row(found: Pruning, bench: bench_quality.Bench, variant: str) -> PruneRow | None:

@@ -107,7 +107,7 @@ def test_the_onnx_file_computes_what_the_pruned_model_does(folder: Path, pruner:
     # 0.07 to 0.51 for random weights, by family and CPU: the whole model's own is what it compares with.
     save(whole.encoder, folder / "whole")
     export_encoder(folder / "whole", folder / "whole_onnx", LABELS, MAX_TOKENS)
-    assert int8_error(folder / "onnx", unseen) < 0.1 + 1.5 * int8_error(folder / "whole_onnx", unseen)
+    assert int8_error(folder / "onnx", unseen) < min(0.7, 0.1 + 1.5 * int8_error(folder / "whole_onnx", unseen))
 
 
 def int8_error(folder: Path, text: Calibration) -> float:

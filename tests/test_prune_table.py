@@ -206,6 +206,14 @@ def test_llama_quantize_drops_the_layers_that_our_pruners_choose(
     for folder, gone in ((run_folder, by_run), (influence_folder, by_influence)):
         (step,) = (step for step in load_artifact(folder).lineage if step.action == "prune")
         assert [index for index, groups in enumerate(step.settings["kv_groups"]) if not groups] == gone
+    capsys.readouterr()
+    others = ["LAYERS_INFLUENCE-25-BF16", "BF16", "nonsense", "LAYERS_RUN-25-BF16", "LAYERS_INFLUENCE+REPAIR-75-BF16"]
+    prune_table.choose_together(bench, "layers_influence", others)
+    said = capsys.readouterr().err
+    assert [f"choose what goes by {name}" in said for name in ("LAYERS_INFLUENCE-25", "LAYERS_INFLUENCE-75")] == [
+        True
+    ] * 2
+    assert "LAYERS_RUN" not in said, "another pruner's turn comes later"
 
 
 @pytest.fixture
