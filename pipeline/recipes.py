@@ -47,8 +47,8 @@ class PlanTable(_Config, frozen=True, kw_only=True):
 
 class Prune(_Config, frozen=True, kw_only=True):
     """What a pruned variant (LAYERS-25-Q4_K_M) is chosen by: chunks of the calibration text by which cuts are measured,
-    and chunks by which moments are taken and repairs fit. distill_steps: of +DISTILL, two chunks each. passages: of an
-    encoder (LAYERS-33-FP32) the first passages of that text, by which all of it is done."""
+    and chunks by which moments are taken and repairs fit. distill_steps: of +DISTILL and +DISTILL_ENDS, two chunks
+    each. passages: of an encoder (LAYERS-33-FP32) the first passages of that text, by which all of it is done."""
 
     measured: Positive = 8
     fitted: Positive = 64

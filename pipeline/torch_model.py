@@ -28,6 +28,13 @@ def in_transformers(checkpoint: Checkpoint) -> Any:
     return model
 
 
+def logits_of(head: Any, config: Any, states: torch.Tensor) -> torch.Tensor:
+    """Of hidden states (..., d) behind a model's last norm, by its output matrix and config: (..., vocabulary)."""
+    cap = getattr(config, "final_logit_softcapping", None)
+    logits = head(states)
+    return torch.tanh(logits / cap) * cap if cap else logits
+
+
 def streamed(checkpoint: Checkpoint, device: torch.device, tick: Tick = quiet) -> Any:
     """The model in float32 on the device, without the weights of its decoder blocks: a block reads them when it is
     called, and drops those of the block before.

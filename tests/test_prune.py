@@ -794,6 +794,34 @@ def test_distillation_that_does_not_help_is_not_kept(models: Callable[[str], Che
     assert found is checkpoint
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_teacher_says_what_the_whole_model_says(family: str, models: Callable[[str], Checkpoint]) -> None:
+    """Its layers no longer in memory; Gemma 2 caps its logits."""
+    checkpoint = models(family)
+    chunks = list(cut_text(checkpoint, PROSE, 32, 3))
+    teacher = distill._Teacher(checkpoint, chunks, CPU, lambda *told: None)
+    model = in_transformers(checkpoint)
+    for index, chunk in enumerate(chunks):
+        wanted = torch.log_softmax(model(chunk[None], use_cache=False).logits[0].double(), -1)
+        assert torch.allclose(teacher.log_p(index).double(), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("ends_only", [False, True])
+def test_a_distillation_changes_what_it_says(ends_only: bool, models: Callable[[str], Checkpoint]) -> None:
+    checkpoint = models("qwen2")
+    chunks = cut_text(checkpoint, PROSE, 64, 12)
+    pruned = apply(checkpoint, dims_of(checkpoint).whole.replaced(1, LayerCut((), ())))
+    schedule = distill.Schedule(steps=6, ends_only=ends_only)
+    found, facts = distill.distill(checkpoint, pruned, chunks[:10], chunks[10:], schedule, CPU)
+    assert facts["kld_after"] < facts["kld_before"]
+    changed = {n for n, t in found.tensors.items() if not torch.equal(t.read(), pruned.tensors[n].read())}
+    matrices = {n for n in changed if len(found.tensors[n].shape) == 2}
+    ends = {n for n in found.tensors if n.endswith(("o_proj.weight", "down_proj.weight"))}
+    assert ends <= matrices
+    assert (matrices == ends) == ends_only
+    assert not changed & {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+
+
 @pytest.mark.parametrize("repair", ["repair", "distill"])
 def test_results_are_judged_by_what_nothing_was_fit_on(repair: str, models: Callable[[str], Checkpoint]) -> None:
     checkpoint = models("llama")

@@ -15,7 +15,7 @@ import torch
 
 from pipeline.checkpoint import Checkpoint
 from pipeline.prune.cut import Cut, Dims, LayerCut, dims_of
-from pipeline.torch_model import in_transformers
+from pipeline.torch_model import in_transformers, logits_of
 
 BATCH = 4  # chunks at once: bounds the attention matrices
 _ROWS = 512  # rows of logits at once
@@ -165,12 +165,9 @@ class Stream:
     @torch.no_grad()
     def log_p(self, hidden: torch.Tensor) -> Iterator[torch.Tensor]:
         """Log-probabilities after the last layer, rows of tokens at a time: (rows, vocabulary), float32."""
-        cap = getattr(self.model.config, "final_logit_softcapping", None)
         for rows in hidden.reshape(-1, hidden.shape[-1]).split(_ROWS):
-            logits = self.model.lm_head(self.model.model.norm(rows.to(self.device)))
-            if cap:
-                logits = torch.tanh(logits / cap) * cap
-            yield torch.log_softmax(logits.float(), -1)
+            states = self.model.model.norm(rows.to(self.device))
+            yield torch.log_softmax(logits_of(self.model.lm_head, self.model.config, states).float(), -1)
 
     def all_states(self) -> list[torch.Tensor]:
         """Hidden states before every layer and after the last, under what is masked now."""
