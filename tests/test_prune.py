@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise, permutations
@@ -785,13 +786,16 @@ def test_distillation_brings_the_model_closer(models: Callable[[str], Checkpoint
         assert divergence(checkpoint, found, chunks[20:]) < plain
 
 
-def test_distillation_that_does_not_help_is_not_kept(models: Callable[[str], Checkpoint]) -> None:
+@pytest.mark.parametrize("rate", [10.0, math.inf])
+def test_distillation_that_does_not_help_is_not_kept(rate: float, models: Callable[[str], Checkpoint]) -> None:
+    """Nor what is no number any more."""
     checkpoint = models("llama")
     chunks = cut_text(checkpoint, PROSE, 64, 4)
-    wild = distill.Schedule(steps=2, rate=10.0)
-    found, facts = distill.distill(checkpoint, checkpoint, chunks, chunks, wild, CPU)
-    assert facts["kld_after"] > facts["kld_before"]
-    assert found is checkpoint
+    pruned = apply(checkpoint, dims_of(checkpoint).whole.replaced(1, LayerCut((), ())))
+    found, facts = distill.distill(checkpoint, pruned, chunks, chunks, distill.Schedule(steps=2, rate=rate), CPU)
+    assert not facts["kld_after"] < facts["kld_before"]
+    assert facts["kld"] == facts["kld_before"]
+    assert found is pruned
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -822,7 +826,7 @@ def test_a_distillation_changes_what_it_says(ends_only: bool, models: Callable[[
     assert not changed & {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
 
 
-@pytest.mark.parametrize("repair", ["repair", "distill"])
+@pytest.mark.parametrize("repair", ["repair", "distill", "distill_ends"])
 def test_results_are_judged_by_what_nothing_was_fit_on(repair: str, models: Callable[[str], Checkpoint]) -> None:
     checkpoint = models("llama")
     chunks, unseen = apart(cut_text(checkpoint, PROSE, 64, 24), 2)
@@ -832,7 +836,7 @@ def test_results_are_judged_by_what_nothing_was_fit_on(repair: str, models: Call
     assert facts["kld"] == pytest.approx(divergence(checkpoint, found, unseen), rel=1e-4)
     assert facts["kld_unseen"]
     assert facts.get("kld_after", facts["kld"]) == pytest.approx(facts["kld"], rel=1e-4)
-    del subject.verdict
+    vars(subject).pop("verdict", None)
     subject.unseen = None
     fit_on, facts = prune(subject, PruneSpec("layers", repair, 50))
     assert facts["kld"] == pytest.approx(divergence(checkpoint, fit_on, chunks[:2]), rel=1e-4)

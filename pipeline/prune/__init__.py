@@ -245,5 +245,6 @@ def finish(subject: Subject, spec: PruneSpec, pruned: Pruned) -> tuple[Checkpoin
         zeros = sum(int((matrix == 0).sum()) for matrix in pruned.new.values())
         facts["share_of_zeros"] = round(zeros / dims.weights(dims.whole), 4)
     found, cost = REPAIRS[spec.repair](subject, pruned)
-    kld = subject.verdict.divergence_of_model(in_transformers(found).to(subject.device))
-    return found, {**facts, **cost, "kld": kld, "kld_unseen": subject.unseen is not None}
+    if "kld" not in cost:  # a distillation has it, on the same chunks
+        cost["kld"] = subject.verdict.divergence_of_model(in_transformers(found).to(subject.device))
+    return found, {**facts, **cost, "kld_unseen": subject.unseen is not None}

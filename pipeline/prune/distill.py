@@ -99,14 +99,16 @@ def distill(
         optimizer.zero_grad()
         tick(step + 1, schedule.steps, "steps of distillation")
     after = _divergence(teacher, student, every, n)
+    better = after < before  # not of a model that overflowed
     facts = {
         "distill_steps": schedule.steps,
         "distill_tokens": schedule.steps * schedule.batch * chunks.shape[1],
         "distill_s": round(time.monotonic() - begin_s, 1),
         "kld_before": before,
         "kld_after": after,
+        "kld": after if better else before,
     }
-    if after >= before:
+    if not better:
         return pruned, facts
     values = {name: held(name, p.detach().cpu().to(pruned.tensors[name].dtype)) for name, p in trained.items()}
     return replace(pruned, tensors={**pruned.tensors, **values}), facts
