@@ -174,9 +174,8 @@ REPAIRS: Mapping[str, Repair] = MappingProxyType(
         "bias": _biased,
         "repair": _refit,
         "patch": _patched,
-        # The rates were best of 1e-4, 3e-4 and 1e-3 for SmolLM2-135M without six layers, 32 steps.
-        "distill": _distilled(rate=1e-4, ends_only=False),
-        "distill_ends": _distilled(rate=3e-4, ends_only=True),
+        "distill": _distilled(rate=5e-4, ends_only=False),
+        "distill_ends": _distilled(rate=1.5e-3, ends_only=True),
     }
 )
 """What is done with what is left: nothing, FLAP's biases, least squares; those and a linear layer over every gap, or a
