@@ -852,6 +852,19 @@ def test_chunks_to_judge_by_are_the_last(n: int, n_judged: int) -> None:
     assert torch.equal(torch.cat([fit_on, *([] if unseen is None else [unseen])]), chunks)
 
 
+def test_a_step_is_a_share_of_what_it_changes(models: Callable[[str], Checkpoint]) -> None:
+    """Adam's first step is its rate, whatever the gradient: a model of smaller weights gets smaller steps."""
+    checkpoint = models("llama")
+    pruned = apply(checkpoint, dims_of(checkpoint).whole.replaced(1, LayerCut((), ())))
+    chunks = cut_text(checkpoint, PROSE, 64, 4)
+    found, facts = distill.distill(checkpoint, pruned, chunks, chunks, distill.Schedule(steps=1, rate=1e-3), CPU)
+    assert facts["kld"] == facts["kld_after"]
+    for name in (n for n in found.tensors if n.startswith("model.layers.")):
+        old = pruned.tensors[name].read().float()
+        step = float((found.tensors[name].read().float() - old).abs().max())
+        assert step == pytest.approx(1e-3 * float(old.square().mean().sqrt()), rel=0.05), name
+
+
 def test_the_rate_rises_and_falls() -> None:
     rates = [distill.Schedule(20, rate=1.0).rate_at(step) for step in range(20)]
     assert rates[:2] == [0.5, 1.0]
