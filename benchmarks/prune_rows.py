@@ -39,6 +39,11 @@ class Accuracy(Record, frozen=True, kw_only=True):
     correct_norm: list[float]
     peak_rss_bytes: int
 
+    @property
+    def same_set(self) -> tuple[str, str]:
+        """What answers that compare question by question have in common."""
+        return self.questions, self.questions_sha256
+
 
 class PruneRow(Record, frozen=True, kw_only=True):
     """One file. artifact_id: what it was built as, "" in rows that are older than the field and of llama-quantize's.
@@ -202,10 +207,11 @@ def _answers(row: PruneRow, sets: Collection[str] | None, whole: PruneRow | None
     answers = [a for a in row.accuracy if sets is None or a.questions in sets]
     if not answers:
         return ""
-    theirs = {a.questions: a for a in whole.accuracy} if whole and whole is not row else {}
+    theirs = {a.same_set: a.correct_norm for a in whole.accuracy} if whole and whole is not row else {}
     lost = ""
-    if all(a.questions in theirs and len(theirs[a.questions].correct_norm) == len(a.correct_norm) for a in answers):
-        pairs = [zip(a.correct_norm, theirs[a.questions].correct_norm, strict=True) for a in answers]
+    if all(a.same_set in theirs for a in answers):
+        # Sets are asked from their beginning: one of the two may have been asked further.
+        pairs = [zip(a.correct_norm, theirs[a.same_set], strict=False) for a in answers]
         mean, stderr = _mean_of_means([[x - y for x, y in pair] for pair in pairs])
         lost = f" ({100 * mean:+5.1f} ±{100 * stderr:4.1f})"
     mean, stderr = _mean_of_means([a.correct_norm for a in answers])

@@ -165,6 +165,8 @@ def test_answers_are_averaged_over_what_all_were_asked() -> None:
     assert "37.5" in line(rows[0])
     (less,) = (text for text in table([rows[0], asked("LAYERS-20-F16", arc=[1.0, 0.0, 1.0, 0.0])]) if "LAYERS" in text)
     assert " 50.0 ±28.9 (-25.0 ±25.0) %" in less  # one of four questions, which the whole model knew
+    further = line(asked("LAYERS-20-F16", arc=[1.0, 0.0]), None, rows[0])
+    assert " 50.0 ±50.0 (-50.0 ±50.0) %" in further  # of the two that both were asked
     assert "nan" in line(asked("F16", arc=[1.0]))
     assert "acc_norm is" not in "".join(table(rows[2:]))
 
