@@ -793,7 +793,7 @@ def test_distillation_that_does_not_help_is_not_kept(rate: float, models: Callab
     chunks = cut_text(checkpoint, PROSE, 64, 4)
     pruned = apply(checkpoint, dims_of(checkpoint).whole.replaced(1, LayerCut((), ())))
     found, facts = distill.distill(checkpoint, pruned, chunks, chunks, distill.Schedule(steps=2, rate=rate), CPU)
-    assert not facts["kld_after"] < facts["kld_before"]
+    assert facts["kld_after"] > facts["kld_before"] or (rate == math.inf and math.isnan(facts["kld_after"]))
     assert facts["kld"] == facts["kld_before"]
     assert found is pruned
 
